@@ -1,0 +1,21 @@
+"""Distributed training and served posterior-predictive sampling of VAEC at atlas scale."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rayvaec.infer.trained import TrainedModel, load_model
+
+__version__ = version("rayvaec")
+__all__ = ["TrainedModel", "__version__", "load_model"]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use, so that `rayvaec.client` and `--help` import neither torch nor ray.
+    if name in ("TrainedModel", "load_model"):
+        from rayvaec.infer import trained
+
+        return getattr(trained, name)
+    raise AttributeError(f"module 'rayvaec' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Counts, registries, the sharded store and its loader."""

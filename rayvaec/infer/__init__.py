@@ -1,0 +1,1 @@
+"""What a trained model computes, for one minibatch or a whole store."""

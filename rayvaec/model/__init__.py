@@ -1,0 +1,1 @@
+"""The VAEC module, its saved form, and the bridge to scvi-tools."""

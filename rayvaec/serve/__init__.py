@@ -1,0 +1,1 @@
+"""The sampling endpoint on Ray Serve."""
