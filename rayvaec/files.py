@@ -1,0 +1,91 @@
+"""Outputs that are whole or absent: written beside their place, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rayvaec.errors import StoreError
+
+
+def check_free(path: Path, overwrite: bool = False) -> None:
+    """Refuse an output that exists, unless it may be overwritten.
+
+    Parameters
+    ----------
+    path : Path
+        Where the output shall go.
+    overwrite : bool
+        Whether an existing output may be replaced.
+
+    Raises
+    ------
+    StoreError
+        If `path` exists and `overwrite` is false.
+    """
+    if path.exists() and not overwrite:
+        raise StoreError(f"the output {path} exists already", "choose another --out or --overwrite")
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a whole folder; nothing happens where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_output(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Give a name beside `path` to write to; rename it to `path` on success.
+
+    On an error whatever was written is removed, and an output that stood at `path` still stands.
+
+    Parameters
+    ----------
+    path : Path
+        Where the file or folder shall stand at the end.
+    overwrite : bool
+        Whether an existing output may be replaced.
+
+    Yields
+    ------
+    Path
+        A path in the same folder that does not exist yet.
+
+    Raises
+    ------
+    StoreError
+        If `path` exists and `overwrite` is false.
+    """
+    check_free(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    remove(partial)
+    try:
+        yield partial
+        remove(path)
+        partial.rename(path)
+    finally:
+        remove(partial)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON so that readers see the old file or the new one, never a part."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(value, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise

@@ -1,0 +1,68 @@
+"""One moving line on a terminal, a log line now and then elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import Self
+
+from tqdm import tqdm
+
+logger = logging.getLogger("rayvaec")
+
+
+class Progress:
+    """How far a long piece of work is, how fast it goes and how long it will take.
+
+    Parameters
+    ----------
+    total : int
+        Units of work in all.
+    unit : str
+        Name of a unit, such as ``"cells"``.
+    task : str
+        What is being done, such as ``"checking counts"``.
+    every : float
+        Seconds between two log lines where there is no terminal.
+    """
+
+    def __init__(self, total: int, unit: str, task: str, every: float = 10.0) -> None:
+        self._total, self._unit, self._task, self._every = total, unit, task, every
+        self._done, self._started = 0, time.monotonic()
+        self._last_line = self._started
+        self._note = ""
+        self._bar = (
+            tqdm(total=total, unit=f" {unit}", desc=task, unit_scale=True)
+            if sys.stderr.isatty()
+            else None
+        )
+
+    def advance(self, n: int, note: str = "") -> None:
+        """Count `n` more units as done; `note` is shown at the end of the line."""
+        self._done += n
+        self._note = note or self._note
+        if self._bar is not None:
+            if note:
+                self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(n)
+        elif time.monotonic() - self._last_line >= self._every:
+            self._log()
+
+    def _log(self) -> None:
+        self._last_line = time.monotonic()
+        rate = self._done / max(self._last_line - self._started, 1e-9)
+        left = (self._total - self._done) / max(rate, 1e-9)
+        logger.info(
+            "%s: %d of %d %s, %.0f/s, %.0f s left %s",
+            *(self._task, self._done, self._total, self._unit, rate, left, self._note),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif self._done:
+            self._log()
