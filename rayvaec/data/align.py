@@ -1,0 +1,170 @@
+"""Other data's matrix: read it, name its values' places, bring its genes into an order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from rayvaec.data.counts import LARGEST_COUNT
+from rayvaec.data.names import choices, listing
+from rayvaec.errors import CountsError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+def align_columns(x: sparse.csr_array, target: NDArray[np.int64], n_genes: int) -> sparse.csr_array:
+    """Move columns to their place and drop those that have none.
+
+    Parameters
+    ----------
+    x : csr_array[n_cells, n_names] of int32
+        Counts; rows may be unsorted, hold zeros, or hold a column more than once (then summed).
+    target : array[n_names] of int64
+        New column of each column, -1 to drop it.
+    n_genes : int
+        Number of columns afterwards.
+
+    Returns
+    -------
+    csr_array[n_cells, n_genes] of int32
+        Sorted, without duplicates or zeros.
+
+    Raises
+    ------
+    CountsError
+        If duplicates add up to more than a count may be.
+    """
+    if n_genes != x.shape[1] or not np.array_equal(target, np.arange(n_genes)):
+        moved = target[x.indices]
+        kept = moved >= 0
+        ends = np.concatenate([[0], np.cumsum(kept)])
+        x = sparse.csr_array(
+            (x.data[kept], moved[kept].astype(np.int32), ends[x.indptr].astype(x.indptr.dtype)),
+            shape=(x.shape[0], n_genes),
+        )
+    if not x.has_canonical_format:
+        x = x.astype(np.int64)
+        x.sum_duplicates()
+        if x.nnz and x.data.max() > LARGEST_COUNT:
+            raise CountsError(f"duplicate entries add up to {x.data.max()}", "correct the matrix")
+        x = x.astype(np.int32)
+    x.eliminate_zeros()
+    return x
+
+
+def place_in_csr(
+    indptr: NDArray[Any],
+    indices: NDArray[Any],
+    cells: Callable[[int], str],
+    genes: Sequence[str],
+) -> Callable[[int], tuple[str, str]]:
+    """Return a function that names cell and gene of a stored value, for `as_counts`.
+
+    Parameters
+    ----------
+    indptr, indices : arrays
+        Of the CSR matrix, [n_cells, n_genes].
+    cells : callable
+        Name of a cell by its row.
+    genes : sequence of str
+        Names of the columns.
+
+    Returns
+    -------
+    callable
+        From the position of a stored value to (cell name, gene name).
+    """
+
+    def locate(position: int) -> tuple[str, str]:
+        row = int(np.searchsorted(indptr, position, side="right")) - 1
+        return cells(row), genes[int(indices[position])]
+
+    return locate
+
+
+def matrix_in_memory(
+    adata: AnnData, layer: str | None, where: str
+) -> tuple[sparse.csr_array, list[str]]:
+    """Read an AnnData's counts, not yet checked.
+
+    Parameters
+    ----------
+    adata : AnnData
+        Sparse or dense, in memory or opened with ``backed="r"``.
+    layer : str, optional
+        Layer to read; X by default, ``"raw"`` reads ``adata.raw``.
+    where : str
+        What to call `adata` in messages.
+
+    Returns
+    -------
+    tuple of csr_array[n_cells, n_names] and list of str
+        The values as they are stored, and the names of the columns.
+
+    Raises
+    ------
+    CountsError
+        If there is no such layer.
+    """
+    if layer == "raw" and layer not in adata.layers and adata.raw is not None:
+        matrix, genes = adata.raw.X, adata.raw.var_names
+    elif layer is not None and layer not in adata.layers:
+        fix = f"the layers are {choices(layer, list(adata.layers))}"
+        raise CountsError(f"{where} has no layer {layer!r}", fix)
+    else:
+        matrix, genes = adata.X if layer is None else adata.layers[layer], adata.var_names
+    if matrix is None:
+        raise CountsError(f"{where} has no X", f"name a layer: {listing(adata.layers)}")
+    if hasattr(matrix, "to_memory"):  # an AnnData opened with backed="r"
+        matrix = matrix.to_memory()
+    values = sparse.csr_array(matrix if sparse.issparse(matrix) else np.asarray(matrix))
+    return values, genes.astype(str).tolist()
+
+
+def obs_column(adata: AnnData, key: str, where: str) -> Any:
+    """Return a column of obs; a `CountsError` lists the columns where it does not exist."""
+    if key not in adata.obs:
+        fix = f"the columns are {choices(key, list(adata.obs.columns))}"
+        raise CountsError(f"{where}.obs has no column {key!r}", fix)
+    return adata.obs[key]
+
+
+def refuse_missing(
+    genes: Sequence[str],
+    missing: Sequence[str],
+    given: Sequence[str],
+    allow_missing: bool,
+    where: str,
+) -> None:
+    """Refuse data that lacks genes.
+
+    Parameters
+    ----------
+    genes, missing, given : sequence of str
+        The genes that are needed, those of them that are missing, and those of the data.
+    allow_missing : bool
+        Whether some may be missing; never all.
+    where : str
+        What to call the data in messages.
+
+    Raises
+    ------
+    CountsError
+        Naming the first missing genes.
+    """
+    if len(missing) == len(genes):
+        raise CountsError(
+            f"{where} has none of the {len(genes)} genes that are needed (they start with "
+            f"{listing(genes, 3)}; its own with {listing(given, 3)})",
+            "use the same kind of gene names",
+        )
+    if missing and not allow_missing:
+        raise CountsError(
+            f"{where} lacks {len(missing)} of {len(genes)} genes: {listing(missing)}",
+            "add them, or pass allow_missing=True to count them as zero",
+        )
