@@ -111,6 +111,7 @@ def matrix_in_memory(
     CountsError
         If there is no such layer.
     """
+    matrix: Any
     if layer == "raw" and layer not in adata.layers and adata.raw is not None:
         matrix, genes = adata.raw.X, adata.raw.var_names
     elif layer is not None and layer not in adata.layers:
@@ -122,8 +123,9 @@ def matrix_in_memory(
         raise CountsError(f"{where} has no X", f"name a layer: {listing(adata.layers)}")
     if hasattr(matrix, "to_memory"):  # an AnnData opened with backed="r"
         matrix = matrix.to_memory()
-    values = sparse.csr_array(matrix if sparse.issparse(matrix) else np.asarray(matrix))
-    return values, genes.astype(str).tolist()
+    if not sparse.issparse(matrix):
+        matrix = np.asarray(matrix)
+    return sparse.csr_array(matrix), genes.astype(str).tolist()
 
 
 def obs_column(adata: AnnData, key: str, where: str) -> Any:

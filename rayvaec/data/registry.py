@@ -256,7 +256,7 @@ class Registry:
         CountsError
             If a value is no count, genes are missing, or a label is missing or unknown.
         """
-        from rayvaec.data import align  # brings scipy, which a training worker does without
+        import rayvaec.data.align as align  # brings scipy, which a training worker does without
 
         key = labels_key or self.labels_key
         x, genes = align.matrix_in_memory(adata, layer, where)
