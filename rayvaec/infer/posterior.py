@@ -1,0 +1,292 @@
+"""What a trained model computes for the cells of one minibatch.
+
+Every function is a pure function of (model, cell, seed): products run in blocks of a fixed number
+of rows and noise is keyed by the cell, so neither the other cells of a call nor their order change
+a cell's result. Where cells come from, and where results go, is not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rayvaec.kernels.csr import CsrCounts
+from rayvaec.kernels.keys import normal_noise
+from rayvaec.kernels.nb_loss_interim import nb_reconstruction
+from rayvaec.kernels.nb_sample import Draws
+from rayvaec.model.draws import BLOCK_ROWS, draw_rows, padded
+from rayvaec.model.vaec import VAEC
+
+ELBO_SAMPLE = 2**63
+"""Sample index of the noise behind `elbo`, apart from every index that draws use."""
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Cells in the model's gene order and codes.
+
+    Parameters
+    ----------
+    indptr : NDArray[n_cells + 1] of int64
+        CSR row pointers.
+    indices, counts : NDArray[nnz] of an integer type
+        Gene and raw count of each non-zero.
+    labels : NDArray[n_cells] of int64
+        Label codes.
+    batches : NDArray[n_cells] of int64, optional
+        Batch codes, in models with batches.
+    keys : NDArray[n_cells] of uint64
+        Key of each cell's noise, from `rayvaec.kernels.keys`.
+    """
+
+    indptr: NDArray[np.int64]
+    indices: NDArray[np.integer]
+    counts: NDArray[np.integer]
+    labels: NDArray[np.int64]
+    batches: NDArray[np.int64] | None
+    keys: NDArray[np.uint64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def part(self, start: int, stop: int) -> Cells:
+        """Return the cells from `start` to before `stop`."""
+        first, last = self.indptr[start], self.indptr[stop]
+        return Cells(
+            self.indptr[start : stop + 1] - first,
+            self.indices[first:last],
+            self.counts[first:last],
+            self.labels[start:stop],
+            None if self.batches is None else self.batches[start:stop],
+            self.keys[start:stop],
+        )
+
+
+@dataclass(frozen=True)
+class _Block:
+    """BLOCK_ROWS rows as tensors: the cells of `rows`, then empty padding."""
+
+    rows: slice
+    x: CsrCounts
+    y: Tensor
+    batch_index: Tensor | None
+
+    @property
+    def n(self) -> int:
+        return self.rows.stop - self.rows.start
+
+
+def _device(module: VAEC) -> torch.device:
+    return module.px_r.device
+
+
+def _blocks(module: VAEC, cells: Cells) -> Iterator[_Block]:
+    device = _device(module)
+    for start in range(0, len(cells), BLOCK_ROWS):
+        stop = min(start + BLOCK_ROWS, len(cells))
+        part = cells.part(start, stop)
+        indptr = np.pad(part.indptr, (0, BLOCK_ROWS - len(part)), mode="edge")
+        x = CsrCounts.from_numpy(indptr, part.indices, part.counts, module.config.n_input)
+        batch_index = None if part.batches is None else _codes(part.batches, device)
+        yield _Block(
+            slice(start, stop),
+            x,
+            padded(_codes(part.labels, device)),
+            None if batch_index is None else padded(batch_index),
+        )
+
+
+def _codes(codes: NDArray[np.int64], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(codes, np.int64))[:, None].to(device)
+
+
+@torch.no_grad()
+def latent(module: VAEC, cells: Cells) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return mean and variance of q(z | x, y).
+
+    Parameters
+    ----------
+    module : VAEC
+        The model, in evaluation mode.
+    cells : Cells
+
+    Returns
+    -------
+    tuple of NDArray[n_cells, n_latent]
+    """
+    mean = np.empty((len(cells), module.config.n_latent), np.float32)
+    variance = np.empty_like(mean)
+    for block in _blocks(module, cells):
+        qz = module.encode(block.x, block.y, block.batch_index)
+        mean[block.rows] = qz.loc[: block.n].cpu().numpy()
+        variance[block.rows] = qz.variance[: block.n].cpu().numpy()
+    return mean, variance
+
+
+@torch.no_grad()
+def expression(module: VAEC, cells: Cells) -> NDArray[np.float32]:
+    """Return denoised expression: each gene's share of the expected counts at the mean of z.
+
+    Parameters
+    ----------
+    module : VAEC
+        The model, in evaluation mode.
+    cells : Cells
+
+    Returns
+    -------
+    NDArray[n_cells, n_genes], rows sum to 1
+    """
+    result = np.empty((len(cells), module.config.n_input), np.float32)
+    dispersion = torch.exp(module.px_r)
+    for block in _blocks(module, cells):
+        qz = module.encode(block.x, block.y, block.batch_index)
+        rate = module.decode(qz.loc, torch.ones_like(qz.loc[:, :1]), block.y, block.batch_index)
+        mean = rate * dispersion
+        result[block.rows] = (mean / mean.sum(1, keepdim=True))[: block.n].cpu().numpy()
+    return result
+
+
+@torch.no_grad()
+def elbo(module: VAEC, cells: Cells, seed: int = 0) -> NDArray[np.float64]:
+    """Return each cell's evidence lower bound, from one keyed draw of z.
+
+    Parameters
+    ----------
+    module : VAEC
+        The model, in evaluation mode.
+    cells : Cells
+    seed : int
+        Seed of z's noise.
+
+    Returns
+    -------
+    NDArray[n_cells], in nats, higher is better
+    """
+    result = np.empty(len(cells), np.float64)
+    samples = np.full(len(cells), ELBO_SAMPLE, np.uint64)
+    noise = torch.from_numpy(normal_noise(seed, cells.keys, samples, module.config.n_latent))
+    for block in _blocks(module, cells):
+        qz = module.encode(block.x, block.y, block.batch_index)
+        z = qz.loc + qz.scale * padded(noise[block.rows].to(qz.loc.device))
+        h = module.decoder(z, block.y, block.batch_index)
+        _, reconstruction = nb_reconstruction(
+            *(h, module.output.weight, module.output.bias, module.px_r),
+            *(block.x.library(), block.x, torch.ones_like(qz.loc[:, 0])),
+        )
+        variance = qz.variance.double()
+        kl = 0.5 * (qz.loc.double() ** 2 + variance - 1 - torch.log(variance)).sum(1)
+        result[block.rows] = -(reconstruction.double() + kl)[: block.n].cpu().numpy()
+    return result
+
+
+@torch.no_grad()
+def draw(module: VAEC, cells: Cells, n_samples: int, seed: int, *, first_sample: int = 0) -> Draws:
+    """Draw counts from the posterior predictive distribution.
+
+    Parameters
+    ----------
+    module : VAEC
+        The model, in evaluation mode.
+    cells : Cells
+    n_samples : int
+        Draws a cell, each with its own z.
+    seed : int
+        Seed of all draws.
+    first_sample : int
+        Index of the first draw: draws 0 to 9 are draws 0 to 4 followed by draws 5 to 9.
+
+    Returns
+    -------
+    Draws
+        Row ``cell * n_samples + i`` is draw ``first_sample + i`` of the cell.
+    """
+    mean, variance = latent(module, cells)
+    library = np.zeros(len(cells), np.float32)
+    filled = np.diff(cells.indptr) > 0
+    sums = np.add.reduceat(cells.counts, cells.indptr[:-1][filled], dtype=np.float64)
+    library[filled] = sums
+    return _draw_rows(
+        module,
+        torch.from_numpy(mean),
+        torch.from_numpy(variance).sqrt(),
+        library,
+        cells,
+        *(n_samples, seed, first_sample),
+    )
+
+
+@torch.no_grad()
+def generate(
+    module: VAEC,
+    labels: NDArray[np.int64],
+    library: NDArray[np.float32],
+    keys: NDArray[np.uint64],
+    n_samples: int,
+    seed: int,
+    *,
+    first_sample: int = 0,
+    batches: NDArray[np.int64] | None = None,
+) -> Draws:
+    """Draw new cells: z from the prior N(0, I), then counts given z, label and library size.
+
+    Parameters
+    ----------
+    module : VAEC
+        The model, in evaluation mode.
+    labels : NDArray[n_cells] of int64
+        Label codes.
+    library : NDArray[n_cells] of float32
+        Total counts a cell is expected to have.
+    keys : NDArray[n_cells] of uint64
+        Key of each cell's noise.
+    n_samples, seed, first_sample : int
+        As in `draw`.
+    batches : NDArray[n_cells] of int64, optional
+        Batch codes, in models with batches.
+
+    Returns
+    -------
+    Draws
+        Rows as in `draw`.
+    """
+    empty = np.zeros(0, np.int32)
+    indptr = np.zeros(len(labels) + 1, np.int64)
+    cells = Cells(indptr, empty, empty, labels, batches, keys)
+    loc = torch.zeros(len(labels), module.config.n_latent)
+    return _draw_rows(
+        *(module, loc, torch.ones_like(loc), library, cells),
+        *(n_samples, seed, first_sample),
+    )
+
+
+def _draw_rows(
+    module: VAEC,
+    loc: Tensor,
+    scale: Tensor,
+    library: NDArray[np.float32],
+    cells: Cells,
+    n_samples: int,
+    seed: int,
+    first_sample: int,
+) -> Draws:
+    device = _device(module)
+    row = np.repeat(np.arange(len(cells)), n_samples)
+    samples = np.arange(first_sample, first_sample + n_samples, dtype=np.uint64)
+    cell = torch.from_numpy(row)
+    return draw_rows(
+        module,
+        loc[cell].to(device),
+        scale[cell].to(device),
+        torch.from_numpy(library[row])[:, None].to(device),
+        _codes(cells.labels[row], device),
+        None if cells.batches is None else _codes(cells.batches[row], device),
+        seed=seed,
+        keys=cells.keys[row],
+        samples=np.tile(samples, len(cells)),
+    )

@@ -1,0 +1,133 @@
+"""Keyed posterior-predictive draws: decode z and draw counts, row by row.
+
+A row is one draw of one cell. Its noise is keyed by (seed, cell key, sample), and products run in
+blocks of a fixed number of rows, since the rounding of a matrix product may depend on that number:
+what a row becomes does not depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rayvaec.kernels.keys import normal_noise
+from rayvaec.kernels.nb_sample import Draws, draw_counts
+
+if TYPE_CHECKING:
+    from rayvaec.model.vaec import VAEC
+
+BLOCK_ROWS = 64
+"""Rows of every matrix product; a shorter block is padded."""
+
+RATE_BYTES = 64 * 2**20
+"""Most bytes of rates decoded before they are drawn from."""
+
+
+@torch.no_grad()
+def draw_rows(
+    module: VAEC,
+    loc: Tensor,
+    scale: Tensor,
+    library: Tensor,
+    y: Tensor,
+    batch_index: Tensor | None,
+    *,
+    seed: int,
+    keys: NDArray[np.uint64],
+    samples: NDArray[np.uint64],
+) -> Draws:
+    """Draw z from N(loc, scale) and counts given z.
+
+    Parameters
+    ----------
+    module : VAEC
+        The model; it is decoded without dropout.
+    loc, scale : Tensor[n_rows, n_latent]
+        Mean and standard deviation of z.
+    library : Tensor[n_rows, 1], total counts
+    y, batch_index : Tensor[n_rows, 1]
+        Label and batch codes.
+    seed : int
+        Seed of all draws.
+    keys, samples : NDArray[n_rows]
+        Key of each row's cell, and which of the cell's draws the row is.
+
+    Returns
+    -------
+    Draws
+        Counts of n_rows x n_input.
+    """
+    noise = torch.from_numpy(normal_noise(seed, keys, samples, loc.shape[1])).to(loc.device)
+    z = loc + scale * noise
+    n_rows, n_genes = len(z), module.config.n_input
+    px_r = module.px_r.detach().float().cpu().numpy()
+    group = max(RATE_BYTES // (4 * n_genes * BLOCK_ROWS), 1) * BLOCK_ROWS
+    rate = np.empty((min(group, n_rows), n_genes), np.float32)
+    parts = []
+    for start in range(0, n_rows, group):
+        stop = min(start + group, n_rows)
+        for first in range(start, stop, BLOCK_ROWS):
+            rows = slice(first, min(first + BLOCK_ROWS, stop))
+            decoded = decode_block(
+                module,
+                z[rows],
+                library[rows],
+                y[rows],
+                None if batch_index is None else batch_index[rows],
+            )
+            rate[first - start : rows.stop - start] = decoded.cpu().numpy()
+        parts.append(
+            draw_counts(rate[: stop - start], px_r, seed, keys[start:stop], samples[start:stop])
+        )
+    return _stacked(parts)
+
+
+@torch.no_grad()
+def decode_block(
+    module: VAEC, z: Tensor, library: Tensor, y: Tensor, batch_index: Tensor | None
+) -> Tensor:
+    """Decode at most BLOCK_ROWS rows to px_rate, in a product of exactly BLOCK_ROWS rows.
+
+    Parameters
+    ----------
+    module : VAEC
+    z : Tensor[n_rows, n_latent]
+    library, y, batch_index : Tensor[n_rows, 1]
+
+    Returns
+    -------
+    Tensor[n_rows, n_input]
+    """
+    batches = None if batch_index is None else padded(batch_index)
+    was_training = module.training
+    module.eval()
+    try:
+        rate = module.decode(padded(z), padded(library), padded(y), batches)
+    finally:
+        module.train(was_training)
+    return rate[: len(z)]
+
+
+def padded(x: Tensor) -> Tensor:
+    """Fill `x` with zeros to BLOCK_ROWS rows."""
+    if len(x) == BLOCK_ROWS:
+        return x
+    return torch.cat((x, x.new_zeros((BLOCK_ROWS - len(x), *x.shape[1:]))))
+
+
+def _stacked(parts: list[Draws]) -> Draws:
+    if not parts:
+        return Draws(np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int32))
+    if len(parts) == 1:
+        return parts[0]
+    offsets = np.cumsum([0, *(part.indptr[-1] for part in parts)])
+    indptr = [part.indptr[1:] + offset for part, offset in zip(parts, offsets, strict=False)]
+    return Draws(
+        np.concatenate([np.zeros(1, np.int64), *indptr]),
+        np.concatenate([part.indices for part in parts]),
+        np.concatenate([part.counts for part in parts]),
+    )

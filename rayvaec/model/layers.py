@@ -1,0 +1,179 @@
+"""Fully connected layers with covariates, under scvi-tools' parameter names.
+
+Follows `scvi.nn.FCLayers` and `scvi.nn.Encoder` as VAEC uses them: per layer Linear, LayerNorm
+without affine parameters, ReLU and Dropout, with one-hot covariates joined to every layer's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Normal
+from torch.nn import functional
+
+from rayvaec.kernels.csr import CsrCounts
+
+VARIANCE_FLOOR = 1e-4
+"""Added to every posterior variance, as in scvi-tools' ``Encoder(var_eps=1e-4)``."""
+
+
+class FCLayers(nn.Module):
+    """A stack of Linear, LayerNorm, ReLU and Dropout.
+
+    Parameters
+    ----------
+    n_in, n_out : int
+        Widths of input and output.
+    n_cat_list : Sequence[int]
+        Number of categories of each covariate; one of size 0 or 1 adds nothing.
+    n_layers, n_hidden : int
+        Number of layers, and the width between them.
+    dropout_rate : float
+        Share of outputs set to zero while training.
+    """
+
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        n_cat_list: Sequence[int],
+        n_layers: int,
+        n_hidden: int,
+        dropout_rate: float,
+    ) -> None:
+        super().__init__()
+        self.n_cat_list = [n_cat if n_cat > 1 else 0 for n_cat in n_cat_list]
+        widths = [n_in, *[n_hidden] * (n_layers - 1), n_out]
+        self.fc_layers = nn.Sequential()
+        for i in range(n_layers):
+            self.fc_layers.add_module(
+                f"Layer {i}",
+                nn.Sequential(
+                    nn.Linear(widths[i] + sum(self.n_cat_list), widths[i + 1]),
+                    nn.LayerNorm(widths[i + 1], elementwise_affine=False),
+                    nn.ReLU(),
+                    nn.Dropout(dropout_rate),
+                ),
+            )
+
+    @property
+    def _first(self) -> nn.Linear:
+        return cast(nn.Linear, cast(nn.Sequential, self.fc_layers[0])[0])
+
+    def covariates(self, *categories: Tensor | None) -> Tensor | None:
+        """Join the one-hot codes of all covariates.
+
+        Parameters
+        ----------
+        *categories : Tensor[n_cells, 1] or None
+            Codes of each covariate of `n_cat_list`; None where it has no categories.
+
+        Returns
+        -------
+        Tensor[n_cells, n_categories] or None
+            None where no covariate has more than one category.
+        """
+        codes = [
+            functional.one_hot(category.reshape(-1).long(), n_cat).to(torch.get_default_dtype())
+            for n_cat, category in zip(self.n_cat_list, categories, strict=True)
+            if n_cat and category is not None
+        ]
+        return torch.cat(codes, dim=1) if codes else None
+
+    def forward(self, x: Tensor, *categories: Tensor | None) -> Tensor:
+        """Run the stack.
+
+        Parameters
+        ----------
+        x : Tensor[..., n_cells, n_in]
+            Input; leading dimensions (posterior draws) share the covariates.
+        *categories : Tensor[n_cells, 1] or None
+            Codes of each covariate.
+
+        Returns
+        -------
+        Tensor[..., n_cells, n_out]
+        """
+        covariates = self.covariates(*categories)
+        first = self._first
+        return self._after_first_linear(first(_joined(x, covariates)), covariates)
+
+    def forward_csr(self, x: CsrCounts, *categories: Tensor | None, log1p: bool) -> Tensor:
+        """Run the stack on sparse counts, without making them dense.
+
+        Parameters
+        ----------
+        x : CsrCounts
+            Raw counts of n_cells x n_in.
+        *categories : Tensor[n_cells, 1] or None
+            Codes of each covariate.
+        log1p : bool
+            Whether the stack reads log(1 + x).
+
+        Returns
+        -------
+        Tensor[n_cells, n_out]
+        """
+        covariates = self.covariates(*categories)
+        first = self._first
+        dense = torch.log1p(x.to_dense()) if log1p else x.to_dense()
+        a = functional.linear(dense, first.weight[:, : x.n_genes], first.bias)
+        if covariates is not None:
+            a = a + functional.linear(covariates, first.weight[:, x.n_genes :])
+        return self._after_first_linear(a, covariates)
+
+    def _after_first_linear(self, a: Tensor, covariates: Tensor | None) -> Tensor:
+        for i, layer in enumerate(self.fc_layers):
+            for j, step in enumerate(cast(nn.Sequential, layer)):
+                if i == j == 0:
+                    continue
+                a = step(_joined(a, covariates) if j == 0 else a)
+        return a
+
+
+def _joined(x: Tensor, covariates: Tensor | None) -> Tensor:
+    if covariates is None:
+        return x
+    return torch.cat((x, covariates.expand(*x.shape[:-1], -1)), dim=-1)
+
+
+class Encoder(nn.Module):
+    """The amortised posterior q(z | x, y): FCLayers with one head for mean and one for variance.
+
+    Parameters
+    ----------
+    n_input, n_output : int
+        Number of genes and of latent dimensions.
+    n_cat_list, n_layers, n_hidden, dropout_rate
+        As in `FCLayers`.
+    """
+
+    def __init__(
+        self,
+        n_input: int,
+        n_output: int,
+        n_cat_list: Sequence[int],
+        n_layers: int,
+        n_hidden: int,
+        dropout_rate: float,
+    ) -> None:
+        super().__init__()
+        self.encoder = FCLayers(n_input, n_hidden, n_cat_list, n_layers, n_hidden, dropout_rate)
+        self.mean_encoder = nn.Linear(n_hidden, n_output)
+        self.var_encoder = nn.Linear(n_hidden, n_output)
+
+    def forward(self, x: Tensor, *categories: Tensor | None) -> Normal:
+        """Return q(z | x, y) for dense input, Tensor[n_cells, n_input]."""
+        return self._heads(self.encoder(x, *categories))
+
+    def forward_csr(self, x: CsrCounts, *categories: Tensor | None, log1p: bool) -> Normal:
+        """Return q(z | x, y) for sparse raw counts of n_cells x n_input."""
+        return self._heads(self.encoder.forward_csr(x, *categories, log1p=log1p))
+
+    def _heads(self, hidden: Tensor) -> Normal:
+        variance = torch.exp(self.var_encoder(hidden)) + VARIANCE_FLOOR
+        # Checking the arguments would cost a pass over them at every step.
+        return Normal(self.mean_encoder(hidden), variance.sqrt(), validate_args=False)

@@ -1,0 +1,288 @@
+from __future__ import annotations
+
+import inspect
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Normal
+
+from rayvaec.errors import ConfigError, CountsError
+from rayvaec.kernels.csr import CsrCounts
+from rayvaec.model.vaec import VAEC, LossOutput, LossRecorder
+
+PARITY = (
+    "softplus",
+    "softplus_1layer_nolog",
+    "softplus_one_label",
+    "softplus_batch",
+    "softplus_batch_encode",
+)
+RELATIVE = 1e-4
+
+
+class Parity:
+    """One reference file, its model, and the reference's inputs."""
+
+    def __init__(self, path):
+        self.file = np.load(path)
+        kwargs = json.loads(str(self.file["kwargs"]))
+        kwargs.pop("scvi_version")
+        self.module = VAEC(**kwargs, ct_weight=self.file["ct_weight"]).eval()
+        self.module.load_state_dict(
+            {name[6:]: self.tensor(name) for name in self.file if name.startswith("state/")}
+        )
+        self.x, self.y, self.batch = (self.tensor(name) for name in ("x", "y", "batch"))
+        self.tensors = {"X": self.x, "labels": self.y, "batch": self.batch}
+
+    def tensor(self, name):
+        return torch.from_numpy(self.file[name])
+
+    def csr(self):
+        x = self.file["x"].astype(np.int64)
+        indptr = np.concatenate([[0], np.cumsum((x > 0).sum(1))])
+        return CsrCounts(
+            torch.from_numpy(indptr),
+            torch.from_numpy(np.nonzero(x)[1].astype(np.int32)),
+            torch.from_numpy(x[x > 0].astype(np.int32)),
+            x.shape[1],
+        )
+
+    def at_mean(self):
+        """Outputs with z set to the posterior's mean, a constant, as in the reference."""
+        inferred = self.module.inference(self.x, self.y, batch_index=self.batch)
+        inferred["z"] = inferred["qz"].loc.detach()
+        generated = self.module.generative(
+            inferred["z"], inferred["library"], self.y, batch_index=self.batch
+        )
+        return inferred, generated
+
+
+@pytest.fixture(params=PARITY)
+def parity(request, shared):
+    return Parity(shared / "parity" / f"{request.param}.npz")
+
+
+def assert_close(ours, reference):
+    reference = torch.as_tensor(reference)
+    floor = 0.1 * RELATIVE * float(reference.abs().max())
+    torch.testing.assert_close(ours, reference, rtol=RELATIVE, atol=floor)
+
+
+def small_model(**kwargs):
+    torch.manual_seed(0)
+    return VAEC(30, **{"n_labels": 3, "n_hidden": 16, **kwargs}).eval()
+
+
+def small_tensors(n_cells=8, n_labels=3):
+    torch.manual_seed(1)
+    return {
+        "X": torch.poisson(torch.full((n_cells, 30), 0.7)),
+        "labels": torch.arange(n_cells)[:, None] % max(n_labels, 1),
+    }
+
+
+def test_the_signature_is_the_one_that_scvi_users_know():
+    signature = inspect.signature(VAEC.__init__)
+    assert list(signature.parameters)[1:] == [
+        "n_input",
+        "n_labels",
+        "n_hidden",
+        "n_latent",
+        "n_layers",
+        "log_variational",
+        "ct_weight",
+        "dropout_rate",
+        "module_kwargs",
+    ]
+    defaults = [p.default for p in signature.parameters.values()][2:-1]
+    assert defaults == [0, 128, 5, 2, True, None, 0.05]
+    assert list(inspect.signature(VAEC.sample).parameters) == ["self", "tensors", "n_samples"]
+    assert LossRecorder is LossOutput
+
+
+def test_outputs_equal_scvi_tools(parity):
+    inferred, generated = parity.at_mean()
+    assert_close(inferred["qz"].loc, parity.file["qz_loc"])
+    assert_close(inferred["qz"].scale, parity.file["qz_scale"])
+    assert_close(inferred["library"], parity.file["library"])
+    assert_close(generated["px"].mean, parity.file["px_mean"])
+    assert_close(generated["px_rate"], parity.file["px_theta"])
+
+
+def test_loss_and_every_gradient_equal_scvi_tools(parity):
+    inferred, generated = parity.at_mean()
+    kl_weight = float(parity.file["kl_weight"])
+    output = parity.module.loss(parity.tensors, inferred, generated, kl_weight=kl_weight)
+    assert_close(output.loss, parity.file["loss"])
+    assert_close(output.reconstruction_loss, parity.file["reconstruction_loss"])
+    assert_close(output.kl_local, parity.file["kl_local"])
+    output.loss.backward()
+    names = {name[5:] for name in parity.file if name.startswith("grad/")}
+    assert names == {name for name, _ in parity.module.named_parameters()}
+    for name, parameter in parity.module.named_parameters():
+        assert_close(parameter.grad, parity.file[f"grad/{name}"])
+
+
+def test_the_sparse_path_equals_the_dense_one(parity, monkeypatch):
+    # Without noise, both are at z = mean, and minibatch_loss lets gradients through z.
+    monkeypatch.setattr(torch, "randn", lambda shape, **_: torch.zeros(shape))
+    module, kl_weight = parity.module, float(parity.file["kl_weight"])
+    output = module.minibatch_loss(parity.csr(), parity.y, parity.batch, kl_weight=kl_weight)
+    assert_close(output.loss, parity.file["loss"])
+    assert_close(output.reconstruction_loss, parity.file["reconstruction_loss"])
+    assert_close(output.kl_local, parity.file["kl_local"])
+    output.loss.backward()
+    ours = {name: parameter.grad for name, parameter in module.named_parameters()}
+    module.zero_grad()
+    inferred, _ = parity.at_mean()
+    inferred["z"] = inferred["qz"].loc
+    generated = module.generative(
+        inferred["z"], inferred["library"], parity.y, batch_index=parity.batch
+    )
+    module.loss(parity.tensors, inferred, generated, kl_weight=kl_weight).loss.backward()
+    for name, parameter in module.named_parameters():
+        assert_close(ours[name], parameter.grad)
+
+
+def test_ct_weight_weighs_the_cells_of_a_label():
+    tensors = small_tensors()
+    plain, weighted = small_model(), small_model(ct_weight=[0.0, 2.0, 1.0])
+    inferred, generated, one = plain(tensors)
+    ours = weighted.loss(tensors, inferred, generated)
+    per_cell = one.reconstruction_loss + one.kl_local
+    expected = (torch.tensor([0.0, 2.0, 1.0])[tensors["labels"][:, 0]] * per_cell).mean()
+    torch.testing.assert_close(ours.loss, expected)
+
+
+def test_divisor_makes_shares_add_up():
+    parts = []
+    module = small_model()
+    full = small_tensors(8)
+    for cells in (slice(0, 5), slice(5, 8), slice(0, 8)):
+        x = full["X"][cells].long()
+        indptr = torch.cat([torch.zeros(1, dtype=torch.long), (x > 0).sum(1).cumsum(0)])
+        csr = CsrCounts(indptr, x.nonzero()[:, 1], x[x > 0], 30)
+        qz = module.encode(csr, full["labels"][cells])
+        assert qz.loc.shape == (len(x), 5)
+        with torch.no_grad():
+            torch.manual_seed(3)
+            output = module.minibatch_loss(csr, full["labels"][cells], divisor=8.0, kl_weight=1e9)
+        parts.append(output.loss / 1e9)
+    torch.testing.assert_close(parts[0] + parts[1], parts[2], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_labels", [0, 1, 3])
+@pytest.mark.parametrize("n_samples", [1, 4])
+def test_sample_draws_whole_counts_of_the_promised_shape(n_labels, n_samples):
+    module = small_model(n_labels=n_labels)
+    counts = module.sample(small_tensors(8, n_labels), n_samples)
+    assert counts.shape == (8, 30, n_samples)
+    assert counts.device.type == "cpu"
+    assert bool((counts >= 0).all())
+    assert torch.equal(counts, counts.round())
+    assert counts.sum() > 0
+
+
+def test_sample_follows_the_predictive_mean():
+    module = small_model()
+    with torch.no_grad():
+        module.px_r.fill_(0.3)
+        module.z_encoder.var_encoder.bias.fill_(-12.0)  # a narrow posterior: z is its mean
+        tensors = small_tensors(4)
+        qz = module.inference(tensors["X"], tensors["labels"])["qz"]
+        library = tensors["X"].sum(1, keepdim=True)
+        px = module.generative(qz.loc, library, tensors["labels"])["px"]
+    n = 4000
+    mean = module.sample(tensors, n).mean(-1)
+    error = (mean - px.mean) / (px.variance / n).sqrt()
+    assert float(error.abs().max()) < 6
+
+
+def test_sample_is_governed_by_the_global_generator():
+    module, tensors = small_model(), small_tensors()
+    draws = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        draws.append(module.sample(tensors, 2))
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_more_samples_add_a_leading_dimension():
+    module, tensors = small_model(), small_tensors()
+    inferred, generated = module(tensors, inference_kwargs={"n_samples": 3}, compute_loss=False)
+    assert inferred["z"].shape == (3, 8, 5)
+    assert inferred["library"].shape == (3, 8, 1)
+    assert isinstance(inferred["qz"], Normal)
+    assert generated["px_rate"].shape == (3, 8, 30)
+    assert generated["px"].sample().shape == (3, 8, 30)
+
+
+def test_transform_batch_decodes_in_another_batch():
+    module = small_model(n_batch=2)
+    tensors = small_tensors()
+    zero = torch.zeros(8, 1, dtype=torch.long)
+    inferred = module.inference(tensors["X"], tensors["labels"], batch_index=zero)
+    decode = {"z": inferred["z"], "library": inferred["library"], "y": tensors["labels"]}
+    as_one = module.generative(**decode, batch_index=zero, transform_batch=1)["px_rate"]
+    assert torch.equal(as_one, module.generative(**decode, batch_index=zero + 1)["px_rate"])
+    assert not torch.equal(as_one, module.generative(**decode, batch_index=zero)["px_rate"])
+
+
+def test_start_values_put_px_scale_at_the_mean_fraction():
+    module = small_model()
+    fraction = torch.rand(30)
+    fraction[3] = 0
+    fraction /= fraction.sum()
+    module.init_from_counts(fraction)
+    start = torch.nn.functional.softplus(module.px_decoder[0].bias)
+    torch.testing.assert_close(start, fraction.clamp_min(1e-8), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "word"),
+    [
+        ({"n_hiden": 12}, "'n_hidden'"),
+        ({"n_latent": 0}, "n_latent=0"),
+        ({"dropout_rate": 1.0}, "dropout_rate=1.0"),
+        ({"encode_covariates": True}, "n_batch=0"),
+        ({"ct_weight": [1.0]}, "1 values for n_labels=3"),
+        ({"ct_weight": [1.0, -1.0, 1.0]}, "ct_weight[1]=-1.0"),
+    ],
+)
+def test_arguments_are_refused_by_name(kwargs, word):
+    with pytest.raises(ConfigError) as error:
+        small_model(**kwargs)
+    assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda t: t["X"].__setitem__((2, 4), -1.0), "X[2, 4] = -1"),
+        (lambda t: t["X"].__setitem__((2, 4), 0.5), "X[2, 4] = 0.5"),
+        (lambda t: t["X"].__setitem__((2, 4), float("nan")), "X[2, 4] = nan"),
+        (lambda t: t.__setitem__("X", t["X"][:, :29]), "(8, 29)"),
+        (lambda t: t["labels"].__setitem__((1, 0), 3), "the code 3"),
+        (lambda t: t.__setitem__("labels", t["labels"][:3]), "3 codes for 8 cells"),
+    ],
+)
+def test_tensors_are_refused_with_value_and_place(change, word):
+    tensors = small_tensors()
+    change(tensors)
+    with pytest.raises(CountsError) as error:
+        small_model().sample(tensors)
+    assert word in str(error.value)
+
+
+def test_a_missing_batch_is_refused():
+    tensors = small_tensors()
+    with pytest.raises(CountsError, match="2 categories of batch"):
+        small_model(n_batch=2).inference(tensors["X"], tensors["labels"])
+
+
+def test_no_draws_are_refused():
+    with pytest.raises(CountsError, match="n_samples=0"):
+        small_model().sample(small_tensors(), 0)
