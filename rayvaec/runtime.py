@@ -11,7 +11,7 @@ import logging
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -97,6 +97,8 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
 def check_cpus(wanted: float, what: str) -> None:
     """Refuse work that would wait for ever for CPUs that the cluster does not have.
 
+    A cluster that starts nodes on demand says by RAYVAEC_MAX_CPUS how many it can come to.
+
     Parameters
     ----------
     wanted : float
@@ -107,13 +109,84 @@ def check_cpus(wanted: float, what: str) -> None:
     Raises
     ------
     ConfigError
-        If the connected Ray has fewer CPUs.
+        If the connected Ray has fewer CPUs and cannot come to as many.
     """
     import ray
 
     available = ray.cluster_resources().get("CPU", 0.0)
+    available = max(available, float(os.environ.get("RAYVAEC_MAX_CPUS", "0")))
     if wanted > available:
         raise ConfigError(
             f"{what} need {wanted:g} CPUs and Ray has {available:g}",
             f"use --num-workers {max(int(available), 1)} or fewer, or a larger cluster",
         )
+
+
+def check_paths(inputs: Sequence[Path] = (), outputs: Sequence[Path] = ()) -> None:
+    """Refuse paths that the work's other processes would not find; call it with Ray connected.
+
+    Parameters
+    ----------
+    inputs : sequence of Path
+        What is read; must exist.
+    outputs : sequence of Path
+        What will be written.
+
+    Raises
+    ------
+    ConfigError
+        If a path is relative inside a submitted job, whose working folder is a copy that goes
+        away, or if one of the cluster's nodes does not see a path.
+    """
+    relative = [path for path in (*inputs, *outputs) if not path.is_absolute()]
+    if relative and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        raise ConfigError(
+            f"the path {relative[0]} is relative, and a job runs in a copy of the working folder",
+            "give an absolute path on storage that every node sees",
+        )
+    import ray
+
+    nodes = {node["NodeID"]: node["NodeName"] for node in ray.nodes() if node["Alive"]}
+    if len(nodes) > 1:
+        _check_seen(nodes, [path.absolute() for path in inputs], [p.absolute() for p in outputs])
+
+
+def _check_seen(nodes: dict[str, str], inputs: list[Path], outputs: list[Path]) -> None:
+    """Have every node look for the inputs, and for a file laid beside each output."""
+    probes: dict[str, Path] = {str(path): path for path in inputs}
+    laid = []
+    try:
+        for path in outputs:
+            folder = next(parent for parent in path.parents if parent.is_dir())
+            descriptor, name = tempfile.mkstemp(dir=folder, prefix=".rayvaec-seen-")
+            os.close(descriptor)
+            laid.append(name)
+            probes[name] = path
+        for node, missing in _missing_on(nodes, list(probes)).items():
+            for name in missing:
+                raise ConfigError(
+                    f"node {nodes[node]} of the cluster does not see {probes[name]}",
+                    "put it on a filesystem that all nodes share, or give the URL of an object "
+                    "store, such as s3://bucket/path",
+                )
+    finally:
+        for name in laid:
+            os.unlink(name)
+
+
+def _missing_on(nodes: dict[str, str], names: list[str]) -> dict[str, list[str]]:
+    """Return which of `names` each node does not see."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def look(names: list[str]) -> list[str]:
+        return [name for name in names if not os.path.exists(name)]
+
+    remote = ray.remote(num_cpus=0)(look)
+    answers = {
+        node: remote.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+        ).remote(names)
+        for node in nodes
+    }
+    return {node: ray.get(answer, timeout=120) for node, answer in answers.items()}
