@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare, nbinom
+
+from rayvaec.infer import posterior
+from rayvaec.infer.posterior import Cells
+from rayvaec.kernels.keys import cell_keys
+from rayvaec.model.vaec import VAEC
+
+N_CELLS, N_GENES, N_LABELS = 150, 37, 3
+
+
+def make_module(**kwargs):
+    torch.manual_seed(0)
+    module = VAEC(N_GENES, N_LABELS, n_hidden=24, **kwargs).eval()
+    module.init_from_counts(torch.full((N_GENES,), 1 / N_GENES))
+    return module
+
+
+@pytest.fixture(scope="module")
+def module():
+    return make_module()
+
+
+def make_cells(n_cells=N_CELLS, batches=None):
+    dense = np.random.default_rng(0).poisson(1.5, (n_cells, N_GENES))
+    return Cells(
+        np.concatenate([[0], np.cumsum((dense > 0).sum(1))]).astype(np.int64),
+        np.nonzero(dense)[1].astype(np.int32),
+        dense[dense > 0].astype(np.int32),
+        np.arange(n_cells) % N_LABELS,
+        batches,
+        cell_keys([f"cell{i}" for i in range(n_cells)]),
+    )
+
+
+@pytest.fixture(scope="module")
+def cells():
+    return make_cells()
+
+
+def take(cells, order):
+    """The cells at the positions `order`."""
+    parts = [np.arange(cells.indptr[i], cells.indptr[i + 1]) for i in order]
+    entries = np.concatenate(parts)
+    return Cells(
+        np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64),
+        cells.indices[entries],
+        cells.counts[entries],
+        cells.labels[order],
+        None if cells.batches is None else cells.batches[order],
+        cells.keys[order],
+    )
+
+
+def dense_draws(draws, n_samples=1):
+    rows = np.repeat(np.arange(len(draws.indptr) - 1), np.diff(draws.indptr))
+    counts = np.zeros((len(draws.indptr) - 1, N_GENES), np.int64)
+    counts[rows, draws.indices] = draws.counts
+    return counts.reshape(-1, n_samples, N_GENES)
+
+
+def test_latent_equals_the_dense_module(module, cells):
+    mean, variance = posterior.latent(module, cells)
+    x = np.zeros((N_CELLS, N_GENES), np.float32)
+    x[np.repeat(np.arange(N_CELLS), np.diff(cells.indptr)), cells.indices] = cells.counts
+    with torch.no_grad():
+        qz = module.inference(torch.from_numpy(x), torch.from_numpy(cells.labels)[:, None])["qz"]
+    np.testing.assert_allclose(mean, qz.loc, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(variance, qz.variance, rtol=1e-4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.data())
+def test_results_do_not_depend_on_the_cells_beside_them(data):
+    module, cells = make_module(), make_cells()
+    order = np.array(data.draw(st.lists(st.integers(0, N_CELLS - 1), min_size=1, max_size=140)))
+    part = take(cells, order)
+    for whole, ours in (
+        (posterior.latent(module, cells)[0], posterior.latent(module, part)[0]),
+        (posterior.elbo(module, cells), posterior.elbo(module, part)),
+        (posterior.expression(module, cells), posterior.expression(module, part)),
+        (
+            dense_draws(posterior.draw(module, cells, 2, 7), 2),
+            dense_draws(posterior.draw(module, part, 2, 7), 2),
+        ),
+    ):
+        np.testing.assert_array_equal(whole[order], ours)
+
+
+def test_draws_can_be_made_in_parts(module, cells):
+    whole = dense_draws(posterior.draw(module, cells, 5, 3), 5)
+    first = dense_draws(posterior.draw(module, cells, 2, 3), 2)
+    rest = dense_draws(posterior.draw(module, cells, 3, 3, first_sample=2), 3)
+    np.testing.assert_array_equal(whole, np.concatenate([first, rest], axis=1))
+    assert not np.array_equal(whole[:, 0], whole[:, 1])
+    assert not np.array_equal(whole, dense_draws(posterior.draw(module, cells, 5, 4), 5))
+
+
+def test_generated_counts_follow_the_model(module):
+    # Many draws at one z: the label's decoder at z ~ N(0, I), integrated by the draws themselves.
+    n = 20_000
+    labels, library = np.ones(1, np.int64), np.full(1, 60, np.float32)
+    draws = posterior.generate(module, labels, library, cell_keys(["a"]), n, 0)
+    drawn = dense_draws(draws, n)[0]
+    with torch.no_grad():
+        z = torch.randn(4000, 5, generator=torch.Generator().manual_seed(0))
+        y = torch.ones(4000, 1, dtype=torch.long)
+        rate = module.decode(z, torch.full((4000, 1), 60.0), y).double().numpy()
+        p = torch.sigmoid(-module.px_r.double()).numpy()
+    for gene in range(0, N_GENES, 6):
+        expected = nbinom.pmf(np.arange(40)[:, None], rate[:, gene], p[gene]).mean(1)
+        large = np.flatnonzero(expected * n > 20)
+        observed = np.bincount(drawn[:, gene], minlength=40)[large]
+        share = expected[large] / expected[large].sum()
+        assert chisquare(observed, share * observed.sum()).pvalue > 1e-5
+
+
+def test_elbo_is_below_the_likelihood_and_finite(module, cells):
+    bound = posterior.elbo(module, cells)
+    assert bound.shape == (N_CELLS,)
+    assert np.isfinite(bound).all()
+    assert (bound < 0).all()
+    assert not np.array_equal(bound, posterior.elbo(module, cells, seed=1))
+
+
+def test_expression_is_a_share_of_the_counts(module, cells):
+    share = posterior.expression(module, cells)
+    assert share.shape == (N_CELLS, N_GENES)
+    np.testing.assert_allclose(share.sum(1), 1, rtol=1e-5)
+
+
+def test_no_cells_and_empty_cells_are_fine(module, cells):
+    assert len(posterior.draw(module, cells.part(0, 0), 3, 0).indptr) == 1
+    assert posterior.latent(module, cells.part(0, 0))[0].shape == (0, 5)
+    empty = Cells(
+        np.zeros(3, np.int64),
+        cells.indices[:0],
+        cells.counts[:0],
+        cells.labels[:2],
+        None,
+        cells.keys[:2],
+    )
+    assert dense_draws(posterior.draw(module, empty, 2, 0), 2).sum() == 0
+
+
+def test_batches_reach_the_decoder():
+    module = make_module(n_batch=2, encode_covariates=True)
+    zero, one = (make_cells(20, np.full(20, batch)) for batch in (0, 1))
+    assert not np.array_equal(posterior.latent(module, zero)[0], posterior.latent(module, one)[0])
+    assert not np.array_equal(posterior.expression(module, zero), posterior.expression(module, one))
