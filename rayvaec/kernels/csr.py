@@ -1,0 +1,145 @@
+"""Counts of a minibatch in compressed sparse rows."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rayvaec.errors import CountsError
+
+
+class CsrCounts(NamedTuple):
+    """Counts in compressed sparse rows, in whatever integer dtypes they are stored in.
+
+    Parameters
+    ----------
+    indptr : Tensor[n_cells + 1], int64
+        Where each cell's entries start and end.
+    indices : Tensor[nnz], any integer dtype
+        Gene of every entry; a gene occurs at most once in a cell.
+    counts : Tensor[nnz], any integer dtype
+        Raw counts, non-negative.
+    n_genes : int
+        Number of columns.
+    """
+
+    indptr: Tensor
+    indices: Tensor
+    counts: Tensor
+    n_genes: int
+
+    @classmethod
+    def from_numpy(
+        cls,
+        indptr: NDArray[np.integer[Any]],
+        indices: NDArray[np.integer[Any]],
+        counts: NDArray[np.integer[Any]],
+        n_genes: int,
+    ) -> CsrCounts:
+        """Wrap the three arrays of a CSR matrix without copying entries.
+
+        Parameters
+        ----------
+        indptr : ndarray[n_cells + 1], integer
+            Row boundaries, from 0 to nnz.
+        indices, counts : ndarray[nnz], integer
+            Genes and raw counts.
+        n_genes : int
+            Number of columns.
+
+        Returns
+        -------
+        CsrCounts
+            On the CPU, sharing the memory of `indices` and `counts`.
+
+        Raises
+        ------
+        CountsError
+            If the arrays' lengths contradict each other or their dtypes are not integer.
+        """
+        for name, array in (("indptr", indptr), ("indices", indices), ("counts", counts)):
+            if array.ndim != 1 or array.dtype.kind not in "iu":
+                raise CountsError(
+                    f"{name} is {array.dtype} with {array.ndim} dimensions",
+                    "pass one-dimensional integer arrays",
+                )
+        if not len(indptr) or indptr[0] != 0 or indptr[-1] != len(indices):
+            raise CountsError(
+                f"indptr does not run from 0 to the number of indices, {len(indices)}",
+                "pass the three arrays of one CSR matrix",
+            )
+        if len(indices) != len(counts):
+            raise CountsError(
+                f"{len(indices)} indices but {len(counts)} counts",
+                "pass the three arrays of one CSR matrix",
+            )
+        return cls(
+            torch.from_numpy(indptr.astype(np.int64, copy=False)),
+            torch.from_numpy(indices),
+            torch.from_numpy(counts),
+            n_genes,
+        )
+
+    @property
+    def n_cells(self) -> int:
+        """Number of rows."""
+        return len(self.indptr) - 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where the counts lie."""
+        return self.counts.device
+
+    def cells(self) -> Tensor:
+        """Return the row of every entry, int64[nnz]."""
+        return torch.repeat_interleave(
+            torch.arange(self.n_cells, device=self.device),
+            self.indptr.diff(),
+            output_size=len(self.indices),
+        )
+
+    def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the counts as a dense matrix.
+
+        Parameters
+        ----------
+        dtype : torch.dtype
+            Of the result.
+
+        Returns
+        -------
+        Tensor[n_cells, n_genes]
+            Raw counts.
+        """
+        dense = torch.zeros(self.n_cells, self.n_genes, dtype=dtype, device=self.device)
+        # Unsigned dtypes can be neither index nor source of a scatter.
+        dense[self.cells(), self.indices.to(torch.int64)] = self.counts.to(dtype)
+        return dense
+
+    def library(self) -> Tensor:
+        """Return each cell's total count, float32[n_cells, 1]."""
+        # Sums of differences are exact in int64, and a cell without entries needs no special case.
+        ends = torch.zeros(len(self.counts) + 1, dtype=torch.int64, device=self.device)
+        torch.cumsum(self.counts.to(torch.int64), 0, out=ends[1:])
+        return ends[self.indptr].diff().to(torch.float32)[:, None]
+
+    def to(self, device: torch.device | str) -> CsrCounts:
+        """Return the same counts on another device.
+
+        Parameters
+        ----------
+        device : torch.device or str
+            Where the arrays shall lie.
+
+        Returns
+        -------
+        CsrCounts
+            Of the same dtypes.
+        """
+        return CsrCounts(
+            self.indptr.to(device), self.indices.to(device), self.counts.to(device), self.n_genes
+        )

@@ -1,0 +1,123 @@
+"""Work in pieces on a few Python threads.
+
+The numba kernels here release the GIL and are started from these threads, because numba's own
+default threading layer must not be entered from two Python threads at once, as a server does.
+No kernel's result depends on how its work was divided.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import TypeVar
+
+import torch
+from numba import config
+
+Result = TypeVar("Result")
+
+_pool: ThreadPoolExecutor | None = None
+_pool_lock = threading.Lock()
+
+
+def thread_count() -> int:
+    """Return how many threads a kernel uses: torch's number, at most NUMBA_NUM_THREADS.
+
+    ``torch.set_num_threads``, ``OMP_NUM_THREADS`` and ``NUMBA_NUM_THREADS`` set it.
+    """
+    return max(1, min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+
+
+def spans(n_items: int, n_pieces: int) -> list[tuple[int, int]]:
+    """Cut ``range(n_items)`` into at most `n_pieces` runs of nearly equal length.
+
+    Parameters
+    ----------
+    n_items, n_pieces : int
+        How much work there is, and into how many pieces it goes.
+
+    Returns
+    -------
+    list of (int, int)
+        First and one-past-last item of each piece that is not empty.
+    """
+    n_pieces = max(1, min(n_pieces, n_items))
+    edges = [n_items * piece // n_pieces for piece in range(n_pieces + 1)]
+    return [(a, b) for a, b in pairwise(edges) if b > a]
+
+
+def run_all(tasks: Sequence[Callable[[], Result]], n_threads: int | None = None) -> list[Result]:
+    """Run every task, on up to `n_threads` threads of which the caller's is one.
+
+    Parameters
+    ----------
+    tasks : sequence of callables
+        Started in this order, each by whichever thread is free.
+    n_threads : int, optional
+        By default `thread_count()`.
+
+    Returns
+    -------
+    list
+        The tasks' results in the order of `tasks`.
+
+    Raises
+    ------
+    Exception
+        Whatever the first failing task (in the order of `tasks`) raised.
+    """
+    n_threads = min(thread_count() if n_threads is None else n_threads, len(tasks))
+    if n_threads <= 1:
+        return [task() for task in tasks]
+    results: list[Result | None] = [None] * len(tasks)
+    errors: dict[int, Exception] = {}
+    numbered = iter(range(len(tasks)))
+    lock = threading.Lock()
+
+    def drain() -> None:
+        for number in _shared(numbered, lock):
+            try:
+                results[number] = tasks[number]()
+            except Exception as error:
+                errors[number] = error
+
+    helpers = [_executor().submit(drain) for _ in range(n_threads - 1)]
+    drain()
+    for helper in helpers:
+        # One that has not started by now would find nothing left to do.
+        if not helper.cancel():
+            helper.result()
+    if errors:
+        raise errors[min(errors)]
+    return results  # type: ignore[return-value]
+
+
+def _shared(numbers: Iterator[int], lock: threading.Lock) -> Iterator[int]:
+    """Yield from an iterator that several threads take from."""
+    while True:
+        with lock:
+            number = next(numbers, None)
+        if number is None:
+            return
+        yield number
+
+
+def _executor() -> ThreadPoolExecutor:
+    global _pool
+    with _pool_lock:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="rayvaec-kernel")
+        return _pool
+
+
+def _forget_pool() -> None:
+    """Drop the pool in a forked child, where its threads do not exist."""
+    global _pool, _pool_lock
+    _pool = None
+    _pool_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_pool)
