@@ -1,0 +1,28 @@
+PYTHON ?= python3
+VENV ?= .venv
+INSTALLED = $(VENV)/.installed
+
+.PHONY: demo test lint format clean
+
+demo: $(INSTALLED)  ## everything on a synthetic atlas, in a few minutes on two cores
+	$(VENV)/bin/rayvaec demo --out demo-output --overwrite
+
+test: $(INSTALLED)  ## the test suite
+	$(VENV)/bin/pytest
+
+lint: $(INSTALLED)  ## style, docstrings and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(INSTALLED)  ## mend what ruff can mend
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:  ## remove the virtual environment and the demo's output
+	rm -rf $(VENV) demo-output
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
