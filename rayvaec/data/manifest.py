@@ -189,7 +189,7 @@ class Manifest:
             problem = f"lacks {error}" if isinstance(error, KeyError) else f"is damaged ({error})"
             raise StoreError(f"the manifest of the store {where} {problem}", damaged) from error
         cells = sum(partition.n_cells for partition in manifest.partitions)
-        if cells != manifest.n_cells or not 0 <= manifest.n_train <= cells:
+        if cells == 0 or cells != manifest.n_cells or not 0 <= manifest.n_train <= cells:
             raise StoreError(
                 f"the manifest of the store {where} speaks of {manifest.n_cells} cells, "
                 f"{manifest.n_train} of them for training, and its partitions of {cells}",

@@ -1,0 +1,135 @@
+"""Bytes of a store's files: the seam between the readers and where a store lies."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayvaec.errors import StoreError
+
+if TYPE_CHECKING:
+    import zarr
+
+MAX_OPEN_FILES = 128
+
+
+class Blobs(Protocol):
+    """Read access to the files below one root."""
+
+    def locate(self, key: str) -> str:
+        """Return the full path or address of a file, for messages."""
+
+    def text(self, key: str) -> str | None:
+        """Return a small file's text, None where there is no such file."""
+
+    def size(self, key: str) -> int | None:
+        """Return a file's size in bytes, None where there is no such file."""
+
+    def read(self, key: str, start: int, n: int) -> NDArray[np.uint8]:
+        """Return `n` bytes of a file, from `start` on.
+
+        Raises
+        ------
+        StoreError
+            If the file is missing, ends before, or cannot be read; the message names it.
+        """
+
+    def zarr_array(self, path: str) -> zarr.Array[Any]:
+        """Open an array with zarr itself."""
+
+
+class _OpenFile:
+    """A file descriptor that lives as long as somebody holds this object."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+class LocalBlobs:
+    """Files below a folder of this machine; safe to use from several threads.
+
+    Parameters
+    ----------
+    root : Path
+        The folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._lock = threading.Lock()
+        self._open: OrderedDict[str, _OpenFile] = OrderedDict()
+
+    def locate(self, key: str) -> str:
+        """Return the full path of a file, for messages."""
+        return str(self._root / key)
+
+    def text(self, key: str) -> str | None:
+        """Return a small file's text, None where there is no such file."""
+        try:
+            return (self._root / key).read_text(encoding="utf-8", errors="replace")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise self._unreadable(key, error) from error
+
+    def size(self, key: str) -> int | None:
+        """Return a file's size in bytes, None where there is no such file."""
+        try:
+            return os.fstat(self._file(key).descriptor).st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise self._unreadable(key, error) from error
+
+    def read(self, key: str, start: int, n: int) -> NDArray[np.uint8]:
+        """Return `n` bytes of a file, from `start` on; see `Blobs.read`."""
+        data, done = np.empty(n, np.uint8), 0
+        try:
+            file = self._file(key)
+            while done < n:
+                step = os.preadv(file.descriptor, [data[done:].data], start + done)
+                if step == 0:
+                    break
+                done += step
+        except OSError as error:
+            raise self._unreadable(key, error) from error
+        if done < n:
+            raise StoreError(
+                f"the file {self.locate(key)} is cut short: it ends at byte {start + done} "
+                f"and {start + n} are needed",
+                "copy it again, or write the store again with `rayvaec prepare ... --overwrite`",
+            )
+        return data
+
+    def zarr_array(self, path: str) -> zarr.Array[Any]:
+        """Open an array with zarr itself."""
+        import zarr
+
+        return zarr.open_array(self._root / path, mode="r")
+
+    def _file(self, key: str) -> _OpenFile:
+        """Return an open file, closing the one that has not been used for longest."""
+        with self._lock:
+            file = self._open.pop(key, None)
+            if file is None:
+                file = _OpenFile(self.locate(key))
+                while len(self._open) >= MAX_OPEN_FILES:
+                    self._open.popitem(last=False)
+            self._open[key] = file
+            return file
+
+    def _unreadable(self, key: str, error: OSError) -> StoreError:
+        return StoreError(
+            f"the file {self.locate(key)} cannot be read ({error.strerror or error})",
+            "check that it exists and that you may read it",
+        )

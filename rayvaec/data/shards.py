@@ -1,0 +1,403 @@
+"""Direct reader of sharded 1-d Zarr v3 arrays.
+
+zarr-python reads a run of a thousand rows through some hundred coroutines; training asks for
+thousands of such runs a second. For the arrays that a store consists of, this module reads past
+that pipeline: the index of every shard is kept in memory, the chunks of a run are read with one
+positioned read and decoded straight into the caller's buffer. Whatever it does not understand
+(other codecs, other dimensions, other types) is left to zarr itself, behind the same interface.
+
+Positioned reads and not a memory map: a shard that shrinks or a network file system that fails
+must end in an error that names the file, where a map would kill the process.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import google_crc32c
+import numcodecs.blosc
+import numpy as np
+from numpy.typing import NDArray
+
+from rayvaec.data.blobs import Blobs
+from rayvaec.errors import StoreError
+
+# With blosc's own threads, decoding would hold one global lock; without, it only drops the GIL.
+numcodecs.blosc.use_threads = False
+
+_ABSENT = 2**64 - 1
+_TYPES = {
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "float32", "float64"),
+}
+_INDEX_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+
+
+class Vector(Protocol):
+    """A 1-d array on disk."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of an element."""
+
+    def __len__(self) -> int: ...
+
+    def span(self, start: int, stop: int) -> int:
+        """Return how many elements of room `read_into` needs for this range."""
+
+    def read_into(self, start: int, stop: int, out: NDArray[Any]) -> int:
+        """Read a range, and whatever lies in the same chunks, into a buffer.
+
+        Parameters
+        ----------
+        start, stop : int
+            The range; ``0 <= start <= stop <= len(self)``.
+        out : array[at least span(start, stop)]
+            Contiguous buffer of this array's dtype.
+
+        Returns
+        -------
+        int
+            Position in `out` of the element `start`.
+
+        Raises
+        ------
+        StoreError
+            If a file is missing, cut short or damaged; the message names it.
+        """
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Return a range as a new array; errors as in `read_into`."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the direct reader needs to know of an array.
+
+    Parameters
+    ----------
+    n : int
+        Number of elements.
+    dtype : dtype
+        Type of an element, in native byte order.
+    chunk, shard : int
+        Elements of a chunk and of a shard.
+    fill_value : bool, int or float
+        Value of elements that were not written.
+    index_at_end : bool
+        Whether a shard's index stands at its end, not at its start.
+    blosc, crc : bool
+        Whether chunks are compressed by blosc, and then followed by a CRC-32C.
+    separator : str
+        What stands between ``c`` and the shard's number in its key.
+    """
+
+    n: int
+    dtype: np.dtype[Any]
+    chunk: int
+    shard: int
+    fill_value: bool | int | float
+    index_at_end: bool
+    blosc: bool
+    crc: bool
+    separator: str
+
+    @classmethod
+    def parse(cls, metadata: Any) -> Layout | None:
+        """Read an array's ``zarr.json``.
+
+        Parameters
+        ----------
+        metadata : dict
+            Decoded JSON.
+
+        Returns
+        -------
+        Layout or None
+            None where the array has anything that the direct reader does not know.
+        """
+        try:
+            return cls._parse(metadata)
+        except (KeyError, TypeError, ValueError, IndexError):
+            return None
+
+    @classmethod
+    def _parse(cls, metadata: Any) -> Layout | None:
+        (n,) = metadata["shape"]
+        (shard,) = _configured(metadata["chunk_grid"], "regular")["chunk_shape"]
+        keys = _configured(metadata["chunk_key_encoding"], "default")
+        (codec,) = metadata["codecs"]
+        sharding = _configured(codec, "sharding_indexed")
+        (chunk,) = sharding["chunk_shape"]
+        fill_value = metadata["fill_value"]
+        array_to_bytes, *others = sharding["codecs"]
+        names = [other["name"] for other in others]
+        endian = _configured(array_to_bytes, "bytes").get("endian", "little")
+        known = (
+            metadata["zarr_format"] == 3
+            and metadata["data_type"] in _TYPES
+            and not metadata.get("storage_transformers")
+            and isinstance(fill_value, bool | int | float)
+            and endian == "little"
+            and names in ([], ["blosc"], ["crc32c"], ["blosc", "crc32c"])
+            and [_bare(item) for item in sharding["index_codecs"]] == _INDEX_CODECS
+            and chunk > 0
+            and shard % chunk == 0
+        )
+        if not known:
+            return None
+        return cls(
+            n=n,
+            dtype=np.dtype(metadata["data_type"]),
+            chunk=chunk,
+            shard=shard,
+            fill_value=fill_value,
+            index_at_end=sharding.get("index_location", "end") == "end",
+            blosc="blosc" in names,
+            crc="crc32c" in names,
+            separator=keys.get("separator", "/"),
+        )
+
+
+def _configured(item: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the configuration of a named metadata item; ValueError where it has another name."""
+    if item["name"] != name:
+        raise ValueError(name)
+    return item.get("configuration") or {}
+
+
+def _bare(item: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in item.items() if value}
+
+
+class ShardedVector:
+    """A sharded array, read past zarr's pipeline.
+
+    Parameters
+    ----------
+    blobs : Blobs
+        Where the files are.
+    path : str
+        The array's path in `blobs`.
+    layout : Layout
+        What its metadata says.
+    required : collection of str, optional
+        Paths of files that must exist; any other shard that is missing is all fill value, as
+        zarr's specification has it.
+    """
+
+    def __init__(
+        self, blobs: Blobs, path: str, layout: Layout, required: Collection[str] = ()
+    ) -> None:
+        self._blobs, self._path, self._layout, self._required = blobs, path, layout, required
+        self._chunk_bytes = layout.chunk * layout.dtype.itemsize
+        self._chunks_per_shard = layout.shard // layout.chunk
+        self._indexes: dict[int, NDArray[np.uint64]] = {}
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of an element."""
+        return self._layout.dtype
+
+    def __len__(self) -> int:
+        return self._layout.n
+
+    def span(self, start: int, stop: int) -> int:
+        """Return how many elements of room `read_into` needs for this range."""
+        chunk = self._layout.chunk
+        return (-(-stop // chunk) - start // chunk) * chunk if stop > start else 0
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Return a range as a new array; errors as in `read_into`."""
+        out = np.empty(self.span(start, stop), self.dtype)
+        at = self.read_into(start, stop, out)
+        return out[at : at + stop - start]
+
+    def read_into(self, start: int, stop: int, out: NDArray[Any]) -> int:
+        """Read whole chunks into a buffer; see `Vector.read_into`."""
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"elements {start} to {stop} of {len(self)} in {self._path}")
+        if start == stop:
+            return 0
+        chunk = self._layout.chunk
+        first, last = start // chunk, -(-stop // chunk)
+        at, chunks = first, self._chunks_per_shard
+        while at < last:
+            end = min(last, (at // chunks + 1) * chunks)
+            to = (at - first) * chunk
+            self._read_chunks(at // chunks, at % chunks, end - at, out[to:])
+            at = end
+        return start - first * chunk
+
+    def _read_chunks(self, shard: int, first: int, n: int, out: NDArray[Any]) -> None:
+        """Decode `n` chunks of one shard to the start of `out`, neighbours with one read."""
+        places = self._index(shard)[first : first + n].tolist()
+        chunk, i = self._layout.chunk, 0
+        while i < n:
+            begin, length = places[i]
+            if begin == _ABSENT:
+                out[i * chunk : (i + 1) * chunk] = self._layout.fill_value
+                i += 1
+                continue
+            end, j = begin + length, i + 1
+            while j < n and places[j][0] == end:
+                end, j = end + places[j][1], j + 1
+            run = self._blobs.read(self._key(shard), begin, end - begin)
+            for k in range(i, j):
+                offset, length = places[k]
+                encoded = run[offset - begin : offset - begin + length]
+                if not self._decode(encoded, out[k * chunk : (k + 1) * chunk]):
+                    raise self._damaged(shard, f"chunk {first + k} does not match its checksum")
+            i = j
+
+    def _decode(self, encoded: NDArray[np.uint8], out: NDArray[Any]) -> bool:
+        """Decode one chunk; return whether its checksum and its sizes are right."""
+        if self._layout.crc:
+            encoded, checksum = encoded[:-4], encoded[-4:]
+            if google_crc32c.value(encoded) != int.from_bytes(checksum, "little"):
+                return False
+        if not self._layout.blosc:
+            if len(encoded) != self._chunk_bytes:
+                return False
+            out.view(np.uint8)[:] = encoded
+            return True
+        # Blosc's header: uint32 sizes of the decoded chunk, of a block and of the encoded chunk.
+        if len(encoded) < 16:
+            return False
+        decoded, _, size = struct.unpack_from("<III", encoded.data, 4)
+        if decoded != self._chunk_bytes or size != len(encoded):
+            return False
+        try:
+            numcodecs.blosc.decompress(encoded, out)
+        except RuntimeError:  # what numcodecs raises for bytes that are not blosc's
+            return False
+        return True
+
+    def _index(self, shard: int) -> NDArray[np.uint64]:
+        """Return offset and length of every chunk of a shard, [n_chunks, 2]."""
+        index = self._indexes.get(shard)
+        if index is None:
+            index = self._indexes[shard] = self._read_index(shard)
+        return index
+
+    def _read_index(self, shard: int) -> NDArray[np.uint64]:
+        key, n = self._key(shard), self._chunks_per_shard
+        size = self._blobs.size(key)
+        if size is None:
+            if key in self._required:
+                raise StoreError(
+                    f"the file {self._blobs.locate(key)} is missing",
+                    "copy the store again: its manifest lists this file",
+                )
+            return np.full((n, 2), _ABSENT, np.uint64)
+        if size < 16 * n + 4:
+            raise self._damaged(shard, f"{size} bytes are too few for its index")
+        at = size - (16 * n + 4) if self._layout.index_at_end else 0
+        encoded = self._blobs.read(key, at, 16 * n + 4)
+        if google_crc32c.value(encoded[:-4]) != int.from_bytes(encoded[-4:], "little"):
+            raise self._damaged(shard, "its index does not match its checksum")
+        places = encoded[:-4].view("<u8").reshape(n, 2)
+        written = places[places[:, 0] != _ABSENT]
+        if written.size and max(written.max(), written.sum(axis=1).max()) > size:
+            raise self._damaged(shard, "its index points past its end")
+        return places
+
+    def _key(self, shard: int) -> str:
+        return f"{self._path}/c{self._layout.separator}{shard}"
+
+    def _damaged(self, shard: int, how: str) -> StoreError:
+        return StoreError(
+            f"the file {self._blobs.locate(self._key(shard))} is damaged or cut short ({how})",
+            "copy it again, or write the store again with `rayvaec prepare ... --overwrite`",
+        )
+
+
+class ZarrVector:
+    """Any 1-d array, read by zarr itself.
+
+    Parameters
+    ----------
+    blobs : Blobs
+        Where the files are.
+    path : str
+        The array's path in `blobs`.
+    """
+
+    def __init__(self, blobs: Blobs, path: str) -> None:
+        self._where = blobs.locate(path)
+        try:
+            self._array = blobs.zarr_array(path)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._unreadable(error) from error
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of an element, in native byte order."""
+        return np.dtype(self._array.dtype).newbyteorder("=")
+
+    def __len__(self) -> int:
+        return self._array.shape[0]
+
+    def span(self, start: int, stop: int) -> int:
+        """Return how many elements of room `read_into` needs for this range."""
+        return stop - start
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Return a range as a new array; errors as in `read_into`."""
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"elements {start} to {stop} of {len(self)} in {self._where}")
+        try:
+            return np.asarray(self._array[start:stop], self.dtype)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> StoreError:
+        return StoreError(
+            f"the array {self._where} cannot be read ({error})", "copy the store again"
+        )
+
+    def read_into(self, start: int, stop: int, out: NDArray[Any]) -> int:
+        """Read a range into a buffer; see `Vector.read_into`."""
+        out[: stop - start] = self.read(start, stop)
+        return 0
+
+
+def open_vector(blobs: Blobs, path: str, required: Collection[str] = ()) -> Vector:
+    """Open a 1-d array, with the direct reader where it understands the array.
+
+    Parameters
+    ----------
+    blobs : Blobs
+        Where the files are.
+    path : str
+        The array's path in `blobs`.
+    required : collection of str
+        As in `ShardedVector`.
+
+    Returns
+    -------
+    Vector
+
+    Raises
+    ------
+    StoreError
+        If there is no such array, or its metadata is damaged.
+    """
+    key = f"{path}/zarr.json"
+    text = blobs.text(key)
+    if text is None:
+        raise StoreError(f"the file {blobs.locate(key)} is missing", "copy the store again")
+    try:
+        metadata = json.loads(text)
+    except ValueError as error:
+        raise StoreError(
+            f"the file {blobs.locate(key)} is damaged ({error})", "copy the store again"
+        ) from error
+    layout = Layout.parse(metadata)
+    if layout is None:
+        return ZarrVector(blobs, path)
+    return ShardedVector(blobs, path, layout, required)

@@ -1,0 +1,334 @@
+"""Open, read and verify a store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayvaec.data.blobs import Blobs, LocalBlobs
+from rayvaec.data.manifest import Manifest, PartitionInfo
+from rayvaec.data.partition import file_checksum
+from rayvaec.data.registry import Registry
+from rayvaec.data.shards import Vector, open_vector
+from rayvaec.errors import StoreError
+
+SPLITS = ("train", "validation", "all")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Consecutive cells of a store.
+
+    Parameters
+    ----------
+    indptr : array[n_cells + 1] of int64
+        CSR row offsets, starting at 0.
+    indices, counts : array[nnz] of unsigned int
+        Gene positions and counts, in the types they are stored in.
+    labels : array[n_cells] of int32
+        Label codes.
+    batches : array[n_cells] of int32, optional
+        Batch codes, None where the store has no batches.
+    """
+
+    indptr: NDArray[np.int64]
+    indices: NDArray[Any]
+    counts: NDArray[Any]
+    labels: NDArray[np.int32]
+    batches: NDArray[np.int32] | None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class Partition:
+    """One member of a store, its arrays opened at first use.
+
+    Parameters
+    ----------
+    blobs : Blobs
+        The store's files.
+    info : PartitionInfo
+        What the manifest says about it.
+    registry : Registry
+        The store's genes, labels and batches.
+    """
+
+    def __init__(self, blobs: Blobs, info: PartitionInfo, registry: Registry) -> None:
+        self._blobs, self._registry = blobs, registry
+        self.info = info
+        self._required = frozenset(f"{info.name}/{path}" for path in info.files)
+
+    @cached_property
+    def indptr(self) -> Vector:
+        """CSR row offsets, [n_cells + 1]."""
+        return self._vector("X/indptr", self.info.n_cells + 1)
+
+    @cached_property
+    def indices(self) -> Vector:
+        """Gene positions, [nnz]."""
+        return self._vector("X/indices", self.info.nnz)
+
+    @cached_property
+    def counts(self) -> Vector:
+        """Counts, [nnz]."""
+        return self._vector("X/data", self.info.nnz)
+
+    @cached_property
+    def labels(self) -> Vector:
+        """Label codes, [n_cells]."""
+        return self._vector(f"obs/{self._registry.labels_key}/codes", self.info.n_cells)
+
+    @cached_property
+    def batches(self) -> Vector | None:
+        """Batch codes, [n_cells]; None where the store has no batches."""
+        if self._registry.batch_key is None:
+            return None
+        return self._vector(f"obs/{self._registry.batch_key}/codes", self.info.n_cells)
+
+    def names(self, start: int, stop: int) -> list[str]:
+        """Return the names of a range of cells."""
+        array = self._blobs.zarr_array(f"{self.info.name}/obs/_index")
+        return [str(name) for name in np.asarray(array[start:stop])]
+
+    def _vector(self, path: str, n: int) -> Vector:
+        path = f"{self.info.name}/{path}"
+        vector = open_vector(self._blobs, path, self._required)
+        if len(vector) != n:
+            raise StoreError(
+                f"the array {self._blobs.locate(path)} has {len(vector)} elements and the "
+                f"manifest speaks of {n}",
+                "copy the store again",
+            )
+        return vector
+
+
+class Store:
+    """A finished store; `open_store` opens one.
+
+    Parameters
+    ----------
+    path : Path
+        Where it lies.
+    manifest : Manifest
+        What it holds.
+    blobs : Blobs
+        Its files.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, blobs: Blobs) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.partitions = [
+            Partition(blobs, info, manifest.registry) for info in manifest.partitions
+        ]
+        cells = [info.n_cells for info in manifest.partitions]
+        self._starts = np.concatenate([[0], np.cumsum(cells)]).astype(np.int64)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process opens its own files.
+        return open_store, (self.path,)
+
+    @property
+    def registry(self) -> Registry:
+        """Genes, labels and batches."""
+        return self.manifest.registry
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells, both splits together."""
+        return self.manifest.n_cells
+
+    @property
+    def n_genes(self) -> int:
+        """Number of genes."""
+        return self.manifest.registry.n_genes
+
+    @property
+    def n_train(self) -> int:
+        """Number of training cells; they come first."""
+        return self.manifest.n_train
+
+    @cached_property
+    def hash(self) -> str:
+        """Identity of the contents; see `Manifest.hash`."""
+        return self.manifest.hash()
+
+    def rows(self, split: str) -> range:
+        """Return the rows of a split.
+
+        Parameters
+        ----------
+        split : {"train", "validation", "all"}
+            Which one.
+
+        Returns
+        -------
+        range
+
+        Raises
+        ------
+        StoreError
+            If there is no such split.
+        """
+        if split not in SPLITS:
+            raise StoreError(f"there is no split {split!r}", f"choose one of {', '.join(SPLITS)}")
+        start = self.n_train if split == "validation" else 0
+        return range(start, self.n_train if split == "train" else self.n_cells)
+
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[Partition, int, int]]:
+        """Yield the partitions behind a range of rows, each with the range inside it."""
+        if not 0 <= start <= stop <= self.n_cells:
+            raise StoreError(
+                f"rows {start} to {stop} are not in the store {self.path}",
+                f"it has {self.n_cells} rows",
+            )
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        for partition, begin in zip(
+            self.partitions[first:], self._starts[first:].tolist(), strict=False
+        ):
+            if begin >= stop:
+                return
+            end = min(stop - begin, partition.info.n_cells)
+            if end > max(start - begin, 0):
+                yield partition, max(start - begin, 0), end
+
+    def read(self, start: int, stop: int) -> Rows:
+        """Read consecutive cells.
+
+        Parameters
+        ----------
+        start, stop : int
+            Rows, ``0 <= start <= stop <= n_cells``.
+
+        Returns
+        -------
+        Rows
+
+        Raises
+        ------
+        StoreError
+            If a file is missing, cut short or damaged (it is named), or there are no such rows.
+        """
+        parts = [_read(*piece) for piece in self.pieces(start, stop)]
+        if not parts:
+            parts = [_read(self.partitions[0], 0, 0)]
+        if len(parts) == 1:
+            return parts[0]
+        offsets = np.cumsum([0] + [part.indptr[-1] for part in parts])
+        tails = [part.indptr[1:] + offset for part, offset in zip(parts, offsets, strict=False)]
+        batches = [part.batches for part in parts if part.batches is not None]
+        return Rows(
+            indptr=np.concatenate([np.zeros(1, np.int64), *tails]),
+            indices=np.concatenate([part.indices for part in parts]),
+            counts=np.concatenate([part.counts for part in parts]),
+            labels=np.concatenate([part.labels for part in parts]),
+            batches=np.concatenate(batches) if batches else None,
+        )
+
+    def obs_names(self, start: int, stop: int) -> list[str]:
+        """Return the names of consecutive cells; parameters and errors as in `read`."""
+        return [
+            name
+            for partition, begin, end in self.pieces(start, stop)
+            for name in partition.names(begin, end)
+        ]
+
+    def verify(self) -> None:
+        """Compare every file of every partition with its checksum.
+
+        Raises
+        ------
+        StoreError
+            If a file is missing or has other bytes; the message names it.
+        """
+        for partition in self.partitions:
+            for path, checksum in partition.info.files.items():
+                file = self.path / partition.info.name / path
+                if not file.is_file():
+                    raise StoreError(f"the file {file} is missing", "copy the store again")
+                if file_checksum(file) != checksum:
+                    raise StoreError(
+                        f"the file {file} does not match its checksum: it was changed, damaged or "
+                        "cut short",
+                        "copy it again, or write the store again with "
+                        "`rayvaec prepare ... --overwrite`",
+                    )
+
+
+def _read(partition: Partition, start: int, stop: int) -> Rows:
+    offsets = partition.indptr.read(start, stop + 1)
+    begin, end = int(offsets[0]), int(offsets[-1])
+    batches = partition.batches
+    return Rows(
+        indptr=offsets - begin,
+        indices=partition.indices.read(begin, end),
+        counts=partition.counts.read(begin, end),
+        labels=partition.labels.read(start, stop).astype(np.int32),
+        batches=None if batches is None else batches.read(start, stop).astype(np.int32),
+    )
+
+
+def open_store(path: Path | str) -> Store:
+    """Open a store.
+
+    Parameters
+    ----------
+    path : Path or str
+        Folder that `rayvaec prepare` wrote.
+
+    Returns
+    -------
+    Store
+
+    Raises
+    ------
+    StoreError
+        If there is nothing, something else, or an unfinished, damaged or newer store.
+    """
+    path = Path(path).absolute()
+    prepare = "rayvaec prepare INPUT... --out"
+    if not path.exists():
+        raise StoreError(
+            f"there is no store at {path}",
+            f"correct the path, or write one with `{prepare} {path} --labels-key KEY`",
+        )
+    if not path.is_dir():
+        raise StoreError(
+            f"{path} is a file and not a store",
+            f"make a store of it with `rayvaec prepare {path} --out STORE --labels-key KEY`",
+        )
+    blobs = LocalBlobs(path)
+    attributes = _attributes(path, blobs.text("zarr.json"))
+    if "rayvaec" in attributes:
+        return Store(path, Manifest.from_json(attributes["rayvaec"], str(path)), blobs)
+    if any(path.glob("dataset_*")):
+        raise StoreError(
+            f"the store {path} is unfinished: it has no manifest",
+            f"write it again with `{prepare} {path} --labels-key KEY --overwrite`",
+        )
+    raise StoreError(
+        f"{path} is not a store that rayvaec wrote",
+        f"write one with `{prepare} STORE --labels-key KEY`",
+    )
+
+
+def _attributes(path: Path, text: str | None) -> dict[str, Any]:
+    """Return the group attributes in a store's ``zarr.json``; none where there is no such file."""
+    if text is None:
+        return {}
+    try:
+        group = json.loads(text)
+    except ValueError as error:
+        raise StoreError(
+            f"the file {path / 'zarr.json'} is damaged ({error})", "copy the store again"
+        ) from error
+    attributes = group.get("attributes") if isinstance(group, dict) else None
+    return attributes if isinstance(attributes, dict) else {}
