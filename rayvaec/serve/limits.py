@@ -1,0 +1,201 @@
+"""What a request may cost: its body, its work, and how many there may be at once."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+from rayvaec.errors import ConfigError, RequestError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on requests, per replica.
+
+    Parameters
+    ----------
+    max_body_bytes : int
+        Largest body, as sent and once decompressed.
+    max_cells : int
+        Most cells a request.
+    max_cost : int
+        Largest cells * genes * n_samples.
+    max_json_cost : int
+        The same where the answer is JSON, which is held whole in memory.
+    max_json_values : int
+        Most numbers in a dense JSON answer (latent, expression, moments).
+    max_requests : int
+        Requests at work or waiting; one more is answered with 429.
+    timeout_s : float
+        Longest time until an answer begins.
+
+    Raises
+    ------
+    ConfigError
+        If a bound is not positive.
+    """
+
+    max_body_bytes: int = 64 * 2**20
+    max_cells: int = 100_000
+    max_cost: int = 4_000_000_000
+    max_json_cost: int = 20_000_000
+    max_json_values: int = 2_000_000
+    max_requests: int = 64
+    timeout_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if not getattr(self, field.name) > 0:
+                raise ConfigError(
+                    f"the limit {field.name} is {getattr(self, field.name)}",
+                    "give a number above 0",
+                )
+
+
+def check_cost(n_cells: int, n_genes: int, n_samples: int, limits: Limits, json: bool) -> None:
+    """Refuse work that is too large before any of it is done.
+
+    Parameters
+    ----------
+    n_cells, n_genes, n_samples : int
+        Size of the work.
+    limits : Limits
+        The bounds.
+    json : bool
+        Whether the draws shall be answered as JSON.
+
+    Raises
+    ------
+    RequestError
+        413; it names the largest size that is allowed.
+    """
+    if n_cells > limits.max_cells:
+        raise RequestError(
+            f"{n_cells:,} cells are above the largest number a request, {limits.max_cells:,}",
+            "send several requests; draws are the same where cell_ids are given",
+            *(413, "too_large"),
+        )
+    cost, largest = n_cells * n_genes * n_samples, limits.max_cost
+    advice = "send fewer cells or ask for fewer draws a request"
+    if json and limits.max_json_cost < largest:
+        largest = limits.max_json_cost
+        advice = (
+            f"{advice}, or accept application/vnd.apache.arrow.stream for up to {limits.max_cost:,}"
+        )
+    if cost > largest:
+        raise RequestError(
+            f"cells * genes * n_samples is {n_cells:,} * {n_genes:,} * {n_samples:,} = {cost:,}, "
+            f"above the largest allowed, {largest:,}",
+            advice,
+            *(413, "too_large"),
+        )
+
+
+def check_json_values(n_values: int, limits: Limits) -> None:
+    """Refuse a dense JSON answer that is too large.
+
+    Parameters
+    ----------
+    n_values : int
+        Numbers in the answer.
+    limits : Limits
+        The bounds.
+
+    Raises
+    ------
+    RequestError
+        413; it names the largest size that is allowed.
+    """
+    if n_values > limits.max_json_values:
+        raise RequestError(
+            f"the answer would hold {n_values:,} numbers, above the largest in JSON, "
+            f"{limits.max_json_values:,}",
+            "accept application/vnd.apache.arrow.stream, send fewer cells or name out_genes",
+            *(413, "too_large"),
+        )
+
+
+async def read_body(chunks: AsyncIterator[bytes], length: str | None, max_bytes: int) -> bytes:
+    """Read a body, giving up as soon as it is too large.
+
+    Parameters
+    ----------
+    chunks : async iterator of bytes
+        The body as it arrives.
+    length : str or None
+        Value of the Content-Length header.
+    max_bytes : int
+        Largest body.
+
+    Returns
+    -------
+    bytes
+
+    Raises
+    ------
+    RequestError
+        413 if the body is, or says it is, larger.
+    """
+    if length is not None and length.isdecimal() and int(length) > max_bytes:
+        raise _body_too_large(f"{int(length):,} bytes", max_bytes)
+    parts, size = [], 0
+    async for chunk in chunks:
+        size += len(chunk)
+        if size > max_bytes:
+            raise _body_too_large(f"more than {max_bytes:,} bytes", max_bytes)
+        parts.append(chunk)
+    return b"".join(parts)
+
+
+def _body_too_large(size: str, max_bytes: int) -> RequestError:
+    return RequestError(
+        f"the body has {size}, the largest allowed is {max_bytes:,}",
+        "send fewer cells a request, or the same as an Arrow stream, which is smaller than JSON",
+        *(413, "body_too_large"),
+    )
+
+
+class Gate:
+    """Lets in so many requests at a time and turns the others away at once.
+
+    Parameters
+    ----------
+    max_requests : int
+        Requests inside at the same time.
+    """
+
+    def __init__(self, max_requests: int) -> None:
+        self._max_requests = max_requests
+        self._inside = 0
+        self._mean_seconds = 1.0
+
+    @contextmanager
+    def enter(self) -> Iterator[None]:
+        """Hold a place while the block runs.
+
+        Raises
+        ------
+        RequestError
+            429 where there is no place.
+        """
+        if self._inside >= self._max_requests:
+            raise RequestError(
+                f"{self._inside} requests are at work or waiting, the most that are accepted",
+                f"send it again in {self.retry_after} s",
+                *(429, "queue_full"),
+            )
+        self._inside += 1
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            self._mean_seconds += 0.1 * (time.monotonic() - started - self._mean_seconds)
+
+    @property
+    def retry_after(self) -> int:
+        """Seconds after which a place should be free: what a request has lately taken."""
+        return min(max(math.ceil(self._mean_seconds), 1), 60)

@@ -1,0 +1,292 @@
+"""The JSON of requests and answers, for validation and for /openapi.json."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from rayvaec.data.names import choices
+from rayvaec.errors import RequestError
+
+# Bounds that keep every number within 64 bits; what the model makes of them is checked later.
+Index = Annotated[int, Field(strict=True, ge=-(2**62), le=2**62)]
+Value = Annotated[float, Field(strict=True)]
+Text = Annotated[str, Field(strict=True)]
+Seed = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
+Reduction = Literal["mean", "var", "zero_fraction"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Counts(_Strict):
+    """Raw counts of the cells: a CSR matrix, or rows of all genes."""
+
+    indptr: list[Index] | None = Field(
+        None, description="Where each cell's values begin, and one last end: n_cells + 1 numbers"
+    )
+    indices: list[Index] | None = Field(None, description="The gene of each value, from 0")
+    counts: list[Value] | None = Field(None, description="The values: whole numbers, 0 or more")
+    dense: list[list[Value]] | None = Field(
+        None, description="In place of the other three: one list of counts per cell"
+    )
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        csr = [self.indptr, self.indices, self.counts]
+        if self.dense is None and any(part is None for part in csr):
+            raise ValueError("needs indptr, indices and counts, or dense")
+        if self.dense is not None and any(part is not None for part in csr):
+            raise ValueError("has dense beside indptr, indices or counts; give one form")
+        return self
+
+
+class _Request(_Strict):
+    cell_ids: list[Text] | None = Field(
+        None,
+        description="Names of the cells: a cell's random numbers are keyed by its name, so the "
+        "same name, counts and seed give the same draws in any request. The position in the "
+        "request stands in where there are none",
+    )
+    batches: list[Text] | None = Field(
+        None, description="Experimental batch of each cell, for models with batches"
+    )
+
+
+class _CellsRequest(_Request):
+    cells: Counts
+    genes: list[Text] | None = Field(
+        None, description="Names of the columns; without them, the columns are the model's genes"
+    )
+    labels: list[Text] = Field(description="Cell type of each cell")
+    allow_missing: Annotated[bool, Field(strict=True)] = Field(
+        False, description="Whether genes of the model that `genes` lacks count as zero"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _dense_beside(cls, value: Any) -> Any:
+        """Read ``{"dense": ...}`` as ``{"cells": {"dense": ...}}``."""
+        if isinstance(value, dict) and "dense" in value and "cells" not in value:
+            rest = {key: entry for key, entry in value.items() if key != "dense"}
+            return {**rest, "cells": {"dense": value["dense"]}}
+        return value
+
+
+class _DrawOptions(_Strict):
+    seed: Seed | None = Field(
+        None, description="Seed of all draws; a random one, reported in the answer, by default"
+    )
+    reduce: list[Reduction] | None = Field(
+        None, min_length=1, description="Return these moments of the draws instead of the draws"
+    )
+    out_genes: list[Text] | None = Field(
+        None, min_length=1, description="Names of the genes to return, in this order"
+    )
+
+
+OneOrMore = Annotated[
+    list[Value],
+    BeforeValidator(
+        lambda value: [value] if type(value) in (int, float) else value,
+        json_schema_input_type=float | list[float],
+    ),
+]
+NSamples = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
+
+_CELLS_EXAMPLE = {
+    "cells": {"indptr": [0, 2, 3], "indices": [0, 1, 1], "counts": [5, 1, 2]},
+    "labels": ["T cell", "B cell"],
+    "cell_ids": ["AAACATAC-1", "AAACATTG-1"],
+}
+
+
+class SampleRequest(_CellsRequest, _DrawOptions):
+    """Posterior-predictive draws of given cells."""
+
+    n_samples: NSamples = Field(description="Draws a cell")
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{**_CELLS_EXAMPLE, "n_samples": 10, "seed": 0}]}
+    )
+
+
+class LatentRequest(_CellsRequest):
+    """Mean and variance of q(z | x, y) of given cells."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_CELLS_EXAMPLE]})
+
+
+class ExpressionRequest(_CellsRequest):
+    """Denoised expression of given cells."""
+
+    out_genes: list[Text] | None = Field(
+        None, min_length=1, description="Names of the genes to return, in this order"
+    )
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_CELLS_EXAMPLE]})
+
+
+class GenerateRequest(_Request, _DrawOptions):
+    """New cells from the prior: ``label`` and ``n_cells``, or ``labels``, one per cell."""
+
+    label: Text | None = Field(None, description="Cell type of all cells")
+    n_cells: Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)] | None = Field(
+        None, description="Number of cells, beside `label`; 1 by default"
+    )
+    labels: list[Text] | None = Field(None, description="Cell type of each cell")
+    library: OneOrMore = Field(
+        description="Total counts a cell is expected to have: one number, or one per cell"
+    )
+    n_samples: NSamples = Field(1, description="Draws a cell")
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"label": "T cell", "n_cells": 2, "library": 3000, "seed": 0}]
+        }
+    )
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if (self.label is None) == (self.labels is None):
+            raise ValueError("needs label (of all cells) or labels (one per cell), one of the two")
+        if self.labels is not None and self.n_cells not in (None, len(self.labels)):
+            raise ValueError(f"has n_cells {self.n_cells} and {len(self.labels)} labels")
+        return self
+
+
+class Problem(BaseModel):
+    """Body of every answer with a status of 400 or above."""
+
+    error: str = Field(description="Short name, such as unknown_label")
+    detail: str = Field(description="What is wrong, the value, and where it stands")
+    fix: str = Field(description="What to do about it")
+    request_id: str = Field(description="The same as in X-Request-ID")
+
+
+class CsrRows(BaseModel):
+    """Draws: row ``cell * n_samples + sample``."""
+
+    indptr: list[int]
+    indices: list[int] = Field(description="Positions in out_genes, or in the model's genes")
+    counts: list[int]
+
+
+class _Answer(BaseModel):
+    model_hash: str
+    n_cells: int
+    missing_genes: list[str] = Field(description="Genes of the model that the request lacks")
+    extra_genes: list[str] = Field(description="Genes of the request that the model lacks")
+
+
+class DrawsAnswer(_Answer):
+    """Draws, or with `reduce` their moments."""
+
+    seed: int
+    n_samples: int
+    draws: CsrRows | None = None
+    moments: dict[Reduction, list[list[float]]] | None = None
+
+
+class LatentAnswer(_Answer):
+    """Mean and variance of q(z | x, y)."""
+
+    mean: list[list[float]]
+    variance: list[list[float]]
+
+
+class ExpressionAnswer(_Answer):
+    """Each gene's share of a cell's expected counts."""
+
+    expression: list[list[float]]
+
+
+class ModelAnswer(BaseModel):
+    """The model that answers."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_hash: str
+    registry_hash: str
+    version: str = Field(description="Version of rayvaec")
+    genes: list[str]
+    labels: list[str]
+    labels_key: str
+    batches: list[str]
+    batch_key: str | None
+    config: dict[str, Any] = Field(description="Arguments of VAEC")
+    limits: dict[str, float]
+
+
+class StatusAnswer(BaseModel):
+    """Whether the server lives, or is ready."""
+
+    status: str
+
+
+def problem_of(error: ValidationError, model: type[BaseModel]) -> RequestError:
+    """Turn pydantic's errors into one that names place, value and fix.
+
+    Parameters
+    ----------
+    error : ValidationError
+        What validating a request raised.
+    model : type
+        The request.
+
+    Returns
+    -------
+    RequestError
+        400 for what is no JSON, 422 otherwise.
+    """
+    first = error.errors(include_url=False, include_context=True)[0]
+    kind, message = first["type"], first["msg"]
+    if kind == "json_invalid":
+        return RequestError(
+            f"the body is no JSON ({message.removeprefix('Invalid JSON: ')})",
+            "send JSON, or an Arrow stream under its own Content-Type",
+            *(400, "undecodable"),
+        )
+    place = _place(first["loc"])
+    more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if kind == "extra_forbidden":
+        known = [name for name in model.model_fields if len(first["loc"]) == 1] or list(
+            Counts.model_fields
+        )
+        detail, fix = f"unknown field {place}", f"fields are {choices(place, known)}"
+    elif kind == "missing":
+        detail, fix = f"{place} is missing", "add it; /docs shows the whole request"
+    elif kind == "value_error":
+        detail, fix = f"{place} {message.removeprefix('Value error, ')}", "see /docs"
+    else:
+        wanted = message.replace("Input should", "it should")
+        detail, fix = f"{place} is {_shown(first['input'])}", wanted[:1].lower() + wanted[1:]
+    return RequestError(detail + more, fix, 422, "invalid_request")
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    """Write a location as it would be indexed: ``cells.counts[5]``."""
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text or "the request"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float) and math.isnan(value):
+        return "NaN"
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:60]}..."
