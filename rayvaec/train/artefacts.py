@@ -1,0 +1,60 @@
+"""The models that a run leaves behind: RUN/model, the best, and RUN/last."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rayvaec.data.store import Store
+from rayvaec.model.saved import save_model
+from rayvaec.model.vaec import VAEC
+from rayvaec.train.config import TrainConfig
+from rayvaec.train.replica import model_registry
+
+BEST, LAST = "model", "last"
+
+
+def save_best(
+    run: Path, module: VAEC, store: Store, config: TrainConfig, record: dict[str, Any]
+) -> None:
+    """Write RUN/model.
+
+    Parameters
+    ----------
+    run : Path
+        The run folder.
+    module : VAEC
+        The model.
+    store : Store
+        What it was trained on.
+    config : TrainConfig
+        How it was trained.
+    record : dict
+        ``epoch``, ``step`` and ``val_elbo`` of the model.
+    """
+    _save(run / BEST, module, store, config, record)
+
+
+def save_last(
+    run: Path, module: VAEC, store: Store, config: TrainConfig, record: dict[str, Any]
+) -> None:
+    """Write RUN/last; parameters as in `save_best`."""
+    _save(run / LAST, module, store, config, record)
+
+
+def _save(
+    path: Path, module: VAEC, store: Store, config: TrainConfig, record: dict[str, Any]
+) -> None:
+    provenance = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: version(name) for name in ("rayvaec", "torch", "ray", "numpy")},
+        "seed": config.seed,
+        "store": str(store.path),
+        "store_hash": store.hash,
+        "metrics": {name: record[name] for name in ("epoch", "step", "val_elbo")},
+        "training": config.to_json(),
+    }
+    registry = model_registry(store, config).to_json()
+    save_model(path, module, registry, provenance, overwrite=True)

@@ -1,0 +1,219 @@
+"""What a run resumes from: weights, Adam's moments and the position, without pickle.
+
+::
+
+    state.safetensors    model/<name>, adam/<parameter>/<moment>
+    state.json           position, counters, and the SHA-256 of the file above
+
+A checkpoint whose two files do not fit together is not one: a half-written or damaged folder is
+passed over, never loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from rayvaec.errors import StoreError
+from rayvaec.files import remove, write_json
+
+TENSORS, STATE = "state.safetensors", "state.json"
+
+
+@dataclass
+class RunState:
+    """Where a run is.
+
+    Parameters
+    ----------
+    epoch : int
+        Finished epochs.
+    epoch_step : int
+        Steps taken in the unfinished epoch.
+    step : int
+        Steps taken since the beginning.
+    seconds : float
+        Time spent on training since the beginning, over all resumes.
+    epoch_seconds : float
+        Time spent on steps of the unfinished epoch.
+    epoch_cells : int
+        Cells of the unfinished epoch, over all workers.
+    loss_sum : float
+        Sum of their loss.
+    best_elbo : float or None
+        Best validation ELBO so far.
+    best_epoch : int
+        Its epoch, from 1; 0 before there is one.
+    """
+
+    epoch: int = 0
+    epoch_step: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    epoch_seconds: float = 0.0
+    epoch_cells: int = 0
+    loss_sum: float = 0.0
+    best_elbo: float | None = None
+    best_epoch: int = 0
+
+
+def checkpoint_name(state: RunState) -> str:
+    """Return the folder name of a checkpoint; names sort by step."""
+    return f"step_{state.step:010d}"
+
+
+def write_checkpoint(
+    folder: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: RunState
+) -> None:
+    """Write a checkpoint.
+
+    Parameters
+    ----------
+    folder : Path
+        An existing empty folder.
+    module : Module
+        The model.
+    optimizer : Optimizer
+        The optimiser of all its parameters, in their order.
+    state : RunState
+        Where the run is.
+    """
+    tensors = {f"model/{name}": value for name, value in module.state_dict().items()}
+    for name, parameter in module.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"adam/{name}/{key}"] = value
+    save_file(
+        {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
+        folder / TENSORS,
+    )
+    write_json(folder / STATE, {**asdict(state), "sha256": _digest(folder / TENSORS)})
+
+
+def read_checkpoint(
+    folder: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> RunState:
+    """Bring model and optimiser back to where a checkpoint was taken.
+
+    Parameters
+    ----------
+    folder : Path
+        What `write_checkpoint` wrote.
+    module, optimizer : Module, Optimizer
+        Are changed in place.
+
+    Returns
+    -------
+    RunState
+
+    Raises
+    ------
+    StoreError
+        If the checkpoint is damaged, or of another model.
+    """
+    values = _read_state(folder)
+    if values is None:
+        raise StoreError(
+            f"the checkpoint {folder} is damaged", "remove it, and --resume from the one before"
+        )
+    tensors = load_file(folder / TENSORS)
+    weights = _under("model/", tensors)
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise StoreError(
+            f"the checkpoint {folder} is of another model: {' '.join(str(error).split())}",
+            "resume with the store and the configuration that the run was started with",
+        ) from error
+    moments = {
+        position: _under(f"adam/{name}/", tensors)
+        for position, (name, _) in enumerate(module.named_parameters())
+    }
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    known = {item.name for item in fields(RunState)}
+    return RunState(**{name: value for name, value in values.items() if name in known})
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint with most steps that is whole, None where there is none.
+
+    Parameters
+    ----------
+    folder : Path
+        The folder of all checkpoints of a run.
+
+    Returns
+    -------
+    Path or None
+    """
+    for candidate in sorted(_checkpoints(folder), reverse=True):
+        if _read_state(candidate) is not None:
+            return candidate
+    return None
+
+
+def clear_checkpoints(folder: Path, keep: Path | None) -> None:
+    """Remove everything from the folder of checkpoints but one.
+
+    Ray's own record of checkpoints goes too. It can be broken by a kill, and would then stop Ray;
+    the checkpoint that stays is handed to the workers by its path.
+
+    Parameters
+    ----------
+    folder : Path
+        The folder of all checkpoints of a run.
+    keep : Path, optional
+        The checkpoint that stays.
+    """
+    if not folder.is_dir():
+        return
+    for entry in folder.iterdir():
+        if entry != keep:
+            remove(entry)
+
+
+def drop_old_checkpoints(folder: Path, keep: int) -> None:
+    """Remove all checkpoints but the newest ones.
+
+    Parameters
+    ----------
+    folder : Path
+        The folder of all checkpoints of a run.
+    keep : int
+        How many stay.
+    """
+    for old in sorted(_checkpoints(folder))[:-keep]:
+        remove(old)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [entry for entry in folder.glob("step_*") if entry.is_dir()]
+
+
+def _read_state(folder: Path) -> dict[str, Any] | None:
+    """Return the contents of state.json if the checkpoint is whole."""
+    try:
+        values = json.loads((folder / STATE).read_text())
+        whole = values.pop("sha256") == _digest(folder / TENSORS)
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+    return values if whole else None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }

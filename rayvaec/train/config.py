@@ -1,0 +1,279 @@
+"""Everything a training run can be told, with its defaults, ranges and presets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+from rayvaec.train.settings import (
+    find_problems,
+    raise_problems,
+    read_file,
+    read_pairs,
+    read_values,
+    setting,
+    unknown,
+)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "scvi": {
+        "lr": 1e-3,
+        "eps": 0.01,
+        "weight_decay": 1e-6,
+        "lr_schedule": "constant",
+        "gradient_clip": None,
+        "kl_warmup_epochs": 0.0,
+        "batch_size": 128,
+        "start_from_counts": False,
+    },
+}
+"""Named recipes; ``scvi`` is what scvi-tools trains CondSCVI with."""
+
+CELLS_PER_DEFAULT_RUN = 20_000
+"""Training cells for which `DEFAULT_EPOCHS` is the default number of epochs."""
+DEFAULT_EPOCHS = 50
+FEWEST_EPOCHS, MOST_EPOCHS = 10, 400
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The settings of a training run; `settings()` lists them with a line each.
+
+    Raises
+    ------
+    ConfigError
+        If values have a wrong type, are out of range or contradict each other. All problems are
+        named at once.
+    """
+
+    n_hidden: int = setting(128, "width of hidden layers", low=1)
+    n_latent: int = setting(5, "dimensions of z", low=1)
+    n_layers: int = setting(2, "hidden layers of encoder and decoder", low=1)
+    dropout_rate: float = setting(0.05, "share of hidden units dropped", low=0, high=0.95)
+    log_variational: bool = setting(True, "the encoder reads log(1 + x)")
+    use_batches: bool = setting(True, "condition on the store's batches, where it has any")
+    encode_covariates: bool = setting(False, "the encoder is told the batch too")
+    weight_obs: bool = setting(False, "weight cells inversely to how common their label is")
+
+    max_epochs: int | None = setting(
+        None, "epochs at most; by default chosen from the number of cells", low=1, resumable=True
+    )
+    batch_size: int = setting(128, "cells in a minibatch over all workers", low=1)
+    lr: float = setting(3e-3, "peak learning rate of Adam", above=0, high=1)
+    lr_schedule: str = setting("cosine", "course of the rate", choices=("cosine", "constant"))
+    lr_end: float = setting(0.02, "rate at the end of the cosine, relative", low=0, high=1)
+    eps: float = setting(1e-4, "epsilon of Adam", above=0, high=1)
+    weight_decay: float = setting(0.0, "L2 penalty in Adam", low=0, high=1)
+    gradient_clip: float | None = setting(None, "largest gradient norm", above=0)
+    kl_warmup_epochs: float = setting(
+        0.0, "epochs (or parts) over which the KL weight rises from 0 to 1", low=0
+    )
+    start_from_counts: bool = setting(True, "start the output at the genes' mean shares")
+    patience: int = setting(
+        20, "epochs without a better validation ELBO that end the run; 0: never", low=0
+    )
+    seed: int = setting(0, "seed of weights, order and noise", low=0, high=2**63 - 1)
+
+    lanes: int = setting(16, "lanes of the loader: more workers than that cannot be", low=1)
+    block_rows: int = setting(256, "consecutive rows read together", low=1)
+    buffer_rows: int = setting(16_384, "rows in the shuffle buffers of all lanes", low=1)
+    prefetch: int = setting(2, "minibatches made ahead", low=1, resumable=True)
+    val_cells: int | None = setting(None, "validation cells used; by default all", low=1)
+
+    num_workers: int = setting(1, "data-parallel workers", low=1, resumable=True)
+    use_gpu: bool = setting(False, "one GPU a worker", resumable=True)
+    cpus_per_worker: int | None = setting(
+        None, "CPUs and threads of a worker; by default an even share", low=1, resumable=True
+    )
+    max_failures: int = setting(
+        3, "lost workers the run survives by itself; -1: any number", low=-1, resumable=True
+    )
+    checkpoint_steps: int | None = setting(
+        None, "steps between checkpoints within an epoch", low=1, resumable=True
+    )
+    checkpoint_seconds: float = setting(
+        60.0, "seconds between checkpoints within an epoch", above=0, resumable=True
+    )
+    log_steps: int | None = setting(
+        None, "steps between metrics records within an epoch", low=1, resumable=True
+    )
+
+    def __post_init__(self) -> None:
+        raise_problems(_problems(asdict(self)))
+
+    @classmethod
+    def settings(cls) -> dict[str, str]:
+        """Return each setting's name and what it is for."""
+        return {item.name: item.metadata["about"] for item in fields(cls)}
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Self:
+        """Return a named recipe, with changes.
+
+        Parameters
+        ----------
+        name : str
+            A key of `PRESETS`.
+        **changes
+            Settings that differ from the preset.
+
+        Returns
+        -------
+        TrainConfig
+
+        Raises
+        ------
+        ConfigError
+            If there is no such preset, or a change cannot be used.
+        """
+        if name not in PRESETS:
+            raise_problems([unknown("preset", name, PRESETS)])
+        return cls.from_json({**PRESETS[name], **changes})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as JSON values that `from_json` and ``--config`` read."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Build from JSON values.
+
+        Parameters
+        ----------
+        values : Mapping
+            Settings by name; the others keep their defaults.
+
+        Returns
+        -------
+        TrainConfig
+
+        Raises
+        ------
+        ConfigError
+            If names are unknown or values cannot be used, all at once.
+        """
+        read, problems = read_values(cls, values)
+        raise_problems(problems + _problems(asdict(cls()) | read))
+        return cls(**read)
+
+    @classmethod
+    def from_options(
+        cls,
+        file: Path | None = None,
+        settings: Sequence[str] = (),
+        *,
+        run: Path | None = None,
+        **flags: Any,
+    ) -> Self:
+        """Put a configuration together from a file, ``key=value`` settings and flags.
+
+        Parameters
+        ----------
+        file : Path, optional
+            YAML or JSON with settings by name; ``RUN/config.json`` of an earlier run is one. The
+            key ``preset`` names a recipe that the other settings change.
+        settings : sequence of str
+            ``key=value``, stronger than the file.
+        run : Path, optional
+            Folder of the run that is resumed: its configuration stands in for the defaults.
+        **flags
+            Settings by name, as strong as `settings`; None means not given.
+
+        Returns
+        -------
+        TrainConfig
+
+        Raises
+        ------
+        ConfigError
+            Naming every problem at once, with the nearest valid name.
+        """
+        given, problems = read_pairs(settings, flags)
+        if file is not None:
+            from_file, file_problems = read_file(Path(file))
+            given, problems = from_file | given, file_problems + problems
+        base = {} if run is None else read_config(run).to_json()
+        recipe = given.pop("preset", "default")
+        if recipe not in PRESETS:
+            problems.append(unknown("preset", recipe, PRESETS))
+        read, read_problems = read_values(cls, given)
+        values = asdict(cls()) | base | PRESETS.get(recipe, {}) | read
+        raise_problems(problems + read_problems + _problems(values))
+        return cls(**values)
+
+    def resolved(self, n_train: int) -> Self:
+        """Fill in the number of epochs, if it was left open.
+
+        Small data needs more epochs than an atlas: the default falls with the square root of the
+        number of training cells, from 400 below 312 cells over 50 at 20,000 to 10 from 500,000.
+
+        Parameters
+        ----------
+        n_train : int
+            Training cells in the store.
+
+        Returns
+        -------
+        TrainConfig
+        """
+        if self.max_epochs is not None:
+            return self
+        epochs = round(DEFAULT_EPOCHS * math.sqrt(CELLS_PER_DEFAULT_RUN / max(n_train, 1)))
+        return replace(self, max_epochs=min(max(epochs, FEWEST_EPOCHS), MOST_EPOCHS))
+
+    def conflicts(self, other: Self) -> list[str]:
+        """Return the settings in which a resumed run may not differ from `other` but does."""
+        return [
+            f"{item.name}={getattr(self, item.name)!r} (the run has {getattr(other, item.name)!r})"
+            for item in fields(self)
+            if not item.metadata["resumable"]
+            and getattr(self, item.name) != getattr(other, item.name)
+        ]
+
+
+def read_config(run: Path) -> TrainConfig:
+    """Read the configuration that a run was started with.
+
+    Parameters
+    ----------
+    run : Path
+        A run folder.
+
+    Returns
+    -------
+    TrainConfig
+
+    Raises
+    ------
+    ConfigError
+        If the folder has none, or it cannot be read.
+    """
+    values, problems = read_file(Path(run) / "config.json")
+    raise_problems(problems)
+    return TrainConfig.from_json(values)
+
+
+def _problems(values: Mapping[str, Any]) -> list[str]:
+    return find_problems(TrainConfig, values) or _contradictions(values)
+
+
+def _contradictions(values: Mapping[str, Any]) -> list[str]:
+    problems = []
+    batch_size, lanes, workers = values["batch_size"], values["lanes"], values["num_workers"]
+    if batch_size % lanes:
+        below = batch_size // lanes * lanes
+        nearest = min((n for n in (below, below + lanes) if n), key=lambda n: abs(n - batch_size))
+        problems.append(
+            f"batch_size={batch_size} is not divisible by lanes={lanes}: the nearest that is, "
+            f"is {nearest}"
+        )
+    if workers > lanes:
+        problems.append(
+            f"num_workers={workers} is more than lanes={lanes}: use {lanes} workers or fewer, or "
+            "more lanes in a new run"
+        )
+    return problems

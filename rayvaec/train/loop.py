@@ -1,0 +1,330 @@
+"""What one worker does: steps, validation, records, checkpoints.
+
+It knows nothing of Ray. Who the other workers are is told by a `Ranks`, where checkpoints go by a
+`CheckpointSink`; one worker runs in any process as it is.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from rayvaec.data.loader import Loader, Minibatch
+from rayvaec.data.names import listing
+from rayvaec.data.store import open_store
+from rayvaec.errors import RayvaecError
+from rayvaec.train.artefacts import save_best, save_last
+from rayvaec.train.checkpoint import RunState, checkpoint_name, read_checkpoint, write_checkpoint
+from rayvaec.train.config import TrainConfig
+from rayvaec.train.metrics import append_record, cut_records, write_progress
+from rayvaec.train.ranks import Ranks
+from rayvaec.train.replica import Replica, as_tensors, build_module
+from rayvaec.train.schedule import kl_weight, learning_rate, noise_seed
+from rayvaec.train.validation import validation_elbo
+
+CLOCK_STEPS = 16
+"""Steps between two looks at the clock: the workers must agree, and that takes a message."""
+EPOCH_CHECKPOINT_SECONDS = 5.0
+"""An epoch's end is not worth a checkpoint this soon after the one before."""
+PROGRESS_SECONDS = 1.0
+
+
+class CheckpointSink(Protocol):
+    """Where checkpoints come from and go to."""
+
+    def latest(self) -> AbstractContextManager[Path | None]:
+        """Give the folder of the checkpoint to go on from, None to start anew."""
+
+    def busy(self) -> bool:
+        """Return whether the last checkpoint is still on its way; asked of the first worker."""
+
+    def put(self, folder: Path | None, name: str, metrics: dict[str, Any]) -> None:
+        """Take a checkpoint's folder over, under a name; workers but the first give None."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run is to do.
+
+    Parameters
+    ----------
+    store : Path
+        The training store.
+    run : Path
+        The run folder; exists.
+    config : TrainConfig
+        How to train.
+    """
+
+    store: Path
+    run: Path
+    config: TrainConfig
+
+
+class TrainLoop:
+    """One worker of a run.
+
+    Parameters
+    ----------
+    task : Task
+        Store, run folder and configuration.
+    ranks : Ranks
+        This worker's place among all.
+    sink : CheckpointSink
+        Where checkpoints come from and go to.
+    """
+
+    def __init__(self, task: Task, ranks: Ranks, sink: CheckpointSink) -> None:
+        self.task, self.ranks, self.sink = task, ranks, sink
+        self.store = open_store(task.store)
+        self.config = task.config.resolved(self.store.n_train)
+        self.max_epochs = self.config.max_epochs or 0
+        self.module = build_module(self.store, self.config).to(ranks.device)
+        self.optimizer = _adam(self.module, self.config)
+        self.loader = _loader(self.config, self.store, ranks)
+        self.state = self._restore()
+        self.model = _replicated(self.module, ranks)
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        self._waited = 0.0
+        now = time.monotonic()
+        self._began, self._epoch_began = now - self.state.seconds, now - self.state.epoch_seconds
+        self._last_checkpoint = self._last_progress = now
+
+    def run(self) -> dict[str, Any]:
+        """Train until the end.
+
+        Returns
+        -------
+        dict
+            The final `RunState` by name, and ``stopped``: ``"max_epochs"`` or ``"patience"``.
+
+        Raises
+        ------
+        RayvaecError
+            If loss or gradient stop being finite; the last good model is kept.
+        """
+        self.model.train()
+        while not self.stopped:
+            self._train_epoch()
+            self._close_epoch()
+        return {**vars(self.state), "stopped": self.stopped}
+
+    @property
+    def stopped(self) -> str:
+        """Why the run is over, empty while it is not."""
+        state, patience = self.state, self.config.patience
+        if state.epoch >= self.max_epochs:
+            return "max_epochs"
+        return "patience" if patience and state.epoch - state.best_epoch >= patience else ""
+
+    def _restore(self) -> RunState:
+        with self.sink.latest() as folder:
+            state = RunState()
+            if folder is not None:
+                state = read_checkpoint(folder, self.module, self.optimizer)
+        if self.ranks.is_first:
+            cut_records(self.task.run, state.step)
+        return state
+
+    def _train_epoch(self) -> None:
+        state = self.state
+        self._waited, asked = 0.0, time.monotonic()
+        self._epoch_began = asked - state.epoch_seconds
+        for minibatch in self.loader.epoch(state.epoch, start_step=state.epoch_step):
+            self._waited += time.monotonic() - asked
+            loss = self._step(minibatch)
+            if state.epoch_step < self.loader.steps_per_epoch:
+                self._between_steps(loss, minibatch.n_global)
+            asked = time.monotonic()
+
+    def _step(self, minibatch: Minibatch) -> Tensor:
+        """Take one step; return this worker's sum of the loss over its cells."""
+        state, config, ranks = self.state, self.config, self.ranks
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate(state.step)
+        # Dropout draws from the global generator; seeding every step makes a step repeatable.
+        torch.manual_seed(noise_seed(config.seed, state.step, ranks.rank))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, per_cell = self.model(
+            *as_tensors(minibatch, self.module), self._kl(state.step), minibatch.n_global
+        )
+        loss.backward()
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = get_total_norm(gradients)
+        # The averaged gradient is the same on every worker, so that all of them stop here or none.
+        if not math.isfinite(norm):
+            self._give_up(minibatch, per_cell)
+        if config.gradient_clip is not None:
+            clip_grads_with_norm_(self.module.parameters(), config.gradient_clip, norm)
+        self.optimizer.step()
+        state.step += 1
+        state.epoch_step += 1
+        state.epoch_cells += minibatch.n_global
+        own_sum = loss.detach().double() * (minibatch.n_global / ranks.world_size)
+        self._loss_sum += own_sum
+        return own_sum
+
+    def _between_steps(self, loss: Tensor, n_global: int) -> None:
+        """Log, show progress and take a checkpoint where one of them is due."""
+        state, config, now = self.state, self.config, time.monotonic()
+        if config.log_steps and state.step % config.log_steps == 0:
+            self._log_step(self.ranks.sums(float(loss))[0] / n_global)
+        if self.ranks.is_first and now - self._last_progress >= PROGRESS_SECONDS:
+            self._last_progress = now
+            cells = state.epoch * self.store.n_train + state.epoch_cells
+            write_progress(self.task.run, state.epoch + 1, cells)
+        by_step = bool(config.checkpoint_steps) and state.step % (config.checkpoint_steps or 1) == 0
+        if by_step or state.step % CLOCK_STEPS == 0:
+            by_time = now - self._last_checkpoint >= config.checkpoint_seconds
+            if self.ranks.decision((by_step or by_time) and not self.sink.busy()):
+                self._checkpoint()
+
+    def _close_epoch(self) -> None:
+        """Validate, keep the model if it is the best, record, take a checkpoint."""
+        state, config, run = self.state, self.config, self.task.run
+        self._sync()
+        elbo = validation_elbo(self.module, self.store, self.ranks, config.seed, config.val_cells)
+        if elbo is not None and not math.isfinite(elbo):
+            raise RayvaecError(
+                f"the validation ELBO became {elbo} after epoch {state.epoch + 1}", _ADVICE
+            )
+        record = self._epoch_record(elbo)
+        state.epoch, state.epoch_step, state.epoch_cells = state.epoch + 1, 0, 0
+        state.loss_sum = state.epoch_seconds = 0.0
+        if record["best"]:
+            state.best_elbo, state.best_epoch = elbo, state.epoch
+        if self.ranks.is_first:
+            if record["best"]:
+                save_best(run, self.module, self.store, config, record)
+            append_record(run, record)
+            if self.stopped:
+                save_last(run, self.module, self.store, config, record)
+        elapsed = time.monotonic() - self._last_checkpoint
+        soon = elapsed < min(EPOCH_CHECKPOINT_SECONDS, config.checkpoint_seconds)
+        if self.ranks.decision(bool(self.stopped) or not (soon or self.sink.busy())):
+            self._checkpoint()
+
+    def _epoch_record(self, elbo: float | None) -> dict[str, Any]:
+        state = self.state
+        best = elbo is None or state.best_elbo is None or elbo > state.best_elbo
+        return {
+            "epoch": state.epoch + 1,
+            "step": state.step,
+            "time": round(time.monotonic() - self._began, 3),
+            "train_loss": state.loss_sum / state.epoch_cells,
+            "val_elbo": elbo,
+            "best": best,
+            "cells_per_second": round(state.epoch_cells / state.epoch_seconds, 1),
+            "wait_share": round(self._waited / state.epoch_seconds, 4),
+            "kl_weight": self._kl(state.step - 1),
+            "lr": self._rate(state.step - 1),
+            "num_workers": self.ranks.world_size,
+        }
+
+    def _log_step(self, train_loss: float) -> None:
+        if self.ranks.is_first:
+            state = self.state
+            record = {
+                "epoch": state.epoch + 1,
+                "step": state.step,
+                "time": round(time.monotonic() - self._began, 3),
+                "train_loss": train_loss,
+                "kl_weight": self._kl(state.step - 1),
+                "lr": self._rate(state.step - 1),
+            }
+            append_record(self.task.run, record)
+
+    def _sync(self) -> None:
+        """Bring the epoch's time, and its loss summed over all workers, up to date."""
+        state = self.state
+        state.epoch_seconds = time.monotonic() - self._epoch_began
+        state.loss_sum += self.ranks.sums(float(self._loss_sum))[0]
+        self._loss_sum.zero_()
+
+    def _checkpoint(self) -> None:
+        if self.state.epoch_step:
+            self._sync()
+        self.state.seconds = time.monotonic() - self._began
+        folder = None
+        if self.ranks.is_first:
+            folder = Path(mkdtemp(prefix="rayvaec-checkpoint-"))
+            write_checkpoint(folder, self.module, self.optimizer, self.state)
+        name = checkpoint_name(self.state)
+        self.sink.put(folder, name, {"epoch": self.state.epoch, "step": self.state.step})
+        self._last_checkpoint = time.monotonic()
+
+    def _give_up(self, minibatch: Minibatch, per_cell: Tensor) -> None:
+        """Raise the error that names the step and the cells, on every worker alike."""
+        bad = minibatch.cells[~torch.isfinite(per_cell).cpu().numpy()]
+        cells = sorted(int(cell) for share in self.ranks.gather(bad.tolist()) for cell in share)
+        step, state = self.state.step + 1, self.state
+        if self.ranks.is_first and all(p.isfinite().all() for p in self.module.parameters()):
+            record = {"epoch": state.epoch, "step": state.step, "val_elbo": None}
+            save_last(self.task.run, self.module, self.store, self.config, record)
+        names = [self.store.obs_names(cell, cell + 1)[0] for cell in cells[:3]]
+        what = f"the loss of {len(cells)} cells ({listing(names)})" if cells else "the gradient"
+        raise RayvaecError(
+            f"{what} stopped being finite at step {step}, in epoch {state.epoch + 1}", _ADVICE
+        )
+
+    def _rate(self, step: int) -> float:
+        return learning_rate(self.config, step, self.max_epochs * self.loader.steps_per_epoch)
+
+    def _kl(self, step: int) -> float:
+        return kl_weight(self.config, step, self.loader.steps_per_epoch)
+
+
+_ADVICE = (
+    "RUN/model and RUN/last hold the last good model; try a lower --set lr=..., "
+    "or --set gradient_clip=..."
+)
+
+
+def _adam(module: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    return torch.optim.Adam(
+        module.parameters(),
+        lr=config.lr,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def _loader(config: TrainConfig, store: Any, ranks: Ranks) -> Loader:
+    return Loader(
+        store,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        lanes=config.lanes,
+        block_rows=config.block_rows,
+        buffer_rows=config.buffer_rows,
+        prefetch=config.prefetch,
+    )
+
+
+def _replicated(module: Any, ranks: Ranks) -> torch.nn.Module:
+    """Return the loss of `module` as a module, whose gradient is averaged over the workers."""
+    replica = Replica(module, ranks.world_size)
+    if ranks.world_size == 1:
+        return replica
+    return DistributedDataParallel(
+        replica,
+        device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        # Without it DDP rearranges its buckets after the first step. More than two workers would
+        # then add in another order right after a resume, and end with other bits.
+        find_unused_parameters=True,
+    )
