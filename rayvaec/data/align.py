@@ -1,4 +1,4 @@
-"""Other data's matrix: read it, name its values' places, bring its genes into an order."""
+"""Other data's matrix: read it, check it, name its values' places, bring its genes into order."""
 
 from __future__ import annotations
 
@@ -15,6 +15,42 @@ from rayvaec.errors import CountsError
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+
+def check_offsets(indptr: NDArray[np.int64], n: int, stored: int, where: str) -> None:
+    """Refuse a sparse matrix whose indptr does not fit its values.
+
+    Parameters
+    ----------
+    indptr : array of int64
+        Offsets of rows or columns.
+    n : int
+        How many rows or columns there are.
+    stored : int
+        How many values there are.
+    where : str
+        What to call the matrix in messages.
+
+    Raises
+    ------
+    CountsError
+        If it has another length, decreases, or leads outside the values.
+    """
+    fits = len(indptr) == n + 1 and indptr[0] == 0 and indptr[-1] == stored
+    if not fits or np.any(np.diff(indptr) < 0):
+        raise CountsError(
+            f"{where} is damaged: its indptr does not fit its {stored} values",
+            "write the file again",
+        )
+
+
+def check_positions(indices: NDArray[Any], n: int, where: str) -> None:
+    """Refuse indices of a sparse matrix outside ``[0, n)``; `where` names it in the message."""
+    if indices.size and (indices.min() < 0 or indices.max() >= n):
+        raise CountsError(
+            f"{where} is damaged: it has an index of {indices.max()} and the limit is {n - 1}",
+            "write the file again",
+        )
 
 
 def align_columns(x: sparse.csr_array, target: NDArray[np.int64], n_genes: int) -> sparse.csr_array:

@@ -1,0 +1,284 @@
+"""AnnData files read in blocks of rows: h5ad and AnnData-Zarr; CSR, CSC and dense.
+
+h5py's and zarr's groups have the same face, so one class reads both. Of a matrix no more is in
+memory than a block; of annotation, one obs column at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import h5py
+import numpy as np
+import pandas as pd
+import zarr
+from anndata.io import read_elem
+from numpy.typing import NDArray
+from scipy import sparse
+
+from rayvaec.data.align import check_offsets, check_positions
+from rayvaec.data.names import choices, listing
+from rayvaec.data.transpose import csc_rows
+from rayvaec.errors import CountsError
+
+RAW = "raw"  # as a layer: the matrix and the genes of `AnnData.raw`
+
+
+@dataclass(frozen=True)
+class Column:
+    """An obs column as codes.
+
+    Parameters
+    ----------
+    codes : array[n_cells] of int64
+        Positions in `categories`, -1 where the value is missing.
+    categories : tuple of str
+        The distinct values as text; of a categorical column also those that no cell has.
+    """
+
+    codes: NDArray[np.int64]
+    categories: tuple[str, ...]
+
+
+class Input:
+    """One AnnData on disk, opened for reading in blocks; a context manager.
+
+    Parameters
+    ----------
+    path : Path
+        An h5ad file or an AnnData-Zarr folder.
+    layer : str, optional
+        Layer with the counts; X by default, ``"raw"`` for the matrix of `AnnData.raw`.
+
+    Raises
+    ------
+    CountsError
+        If `path` does not exist or is no AnnData, or has no such layer.
+    """
+
+    def __init__(self, path: Path, layer: str | None = None) -> None:
+        self.path, self.layer = path, layer
+        self._root = _open(path)
+        try:
+            self._matrix, self._var = self._find_matrix()
+            self._encoding = _encoding(self._matrix, self.where)
+            self.n_cells = len(self._index("obs"))
+            self.n_genes = len(self._index(self._var))
+            self._check_shape()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        if isinstance(self._root, h5py.File):
+            self._root.close()
+
+    @property
+    def where(self) -> str:
+        """What messages call the matrix."""
+        return f"{self.path}, {'X' if self.layer is None else f'layer {self.layer}'}"
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers that hold a matrix, other than the one that is read."""
+        names = list(self._root["layers"]) if "layers" in self._root else []
+        if RAW in self._root and "X" in self._root[RAW]:
+            names.append(RAW)
+        return [name for name in names if name != self.layer]
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the obs columns."""
+        return [str(name) for name in self._root["obs"].attrs["column-order"]]
+
+    @cached_property
+    def genes(self) -> list[str]:
+        """Names of the columns."""
+        return _strings(self._index(self._var), 0, self.n_genes)
+
+    @property
+    def stored(self) -> int:
+        """Number of stored values."""
+        if self._encoding == "dense":
+            return self.n_cells * self.n_genes
+        return len(self._matrix["data"])
+
+    def names(self, start: int, stop: int) -> list[str]:
+        """Return the obs names of the rows from `start` to `stop`."""
+        return _strings(self._index("obs"), start, stop)
+
+    def column(self, key: str) -> Column:
+        """Read an obs column.
+
+        Parameters
+        ----------
+        key : str
+            Its name.
+
+        Returns
+        -------
+        Column
+
+        Raises
+        ------
+        CountsError
+            If there is no such column; the message lists those that there are.
+        """
+        if key not in self.columns:
+            raise CountsError(
+                f"{self.path} has no obs column {key!r}",
+                f"the columns are {choices(key, self.columns)}",
+            )
+        values = read_elem(self._root["obs"][key])
+        if not isinstance(values, pd.Categorical):
+            values = pd.Categorical(values)
+        categories = [str(value) for value in values.categories]
+        # Distinct values may have one text, such as 1 and "1".
+        unique = {name: code for code, name in enumerate(dict.fromkeys(categories))}
+        recode = np.array([unique[name] for name in categories] + [-1], np.int64)
+        return Column(recode[values.codes], tuple(unique))
+
+    def blocks(self, elements: int, scratch: Path) -> Iterator[tuple[int, sparse.csr_array]]:
+        """Read the matrix, some rows at a time.
+
+        Parameters
+        ----------
+        elements : int
+            About how many stored values a block shall hold.
+        scratch : Path
+            Folder for temporary files; a CSC matrix is transposed there on the first call.
+
+        Yields
+        ------
+        tuple of int and csr_array[n_rows, n_genes]
+            Number of the block's first row, and its values as they are stored.
+
+        Raises
+        ------
+        CountsError
+            If the matrix contradicts itself.
+        """
+        if self._encoding == "dense":
+            yield from self._dense_blocks(elements)
+        elif self._encoding == "csr":
+            yield from self._csr_blocks(elements)
+        else:
+            shape = (self.n_cells, self.n_genes)
+            yield from csc_rows(self._matrix, shape, elements, scratch, self.where)
+
+    def _csr_blocks(self, elements: int) -> Iterator[tuple[int, sparse.csr_array]]:
+        indptr = self._matrix["indptr"][:].astype(np.int64)
+        check_offsets(indptr, self.n_cells, self.stored, self.where)
+        data, indices = self._matrix["data"], self._matrix["indices"]
+        start = 0
+        while start < self.n_cells:
+            stop = int(np.searchsorted(indptr, indptr[start] + elements, side="right")) - 1
+            stop = max(stop, start + 1)
+            part = slice(int(indptr[start]), int(indptr[stop]))
+            columns = indices[part]
+            check_positions(columns, self.n_genes, self.where)
+            offsets = indptr[start : stop + 1] - indptr[start]
+            shape = (stop - start, self.n_genes)
+            yield start, sparse.csr_array((data[part], columns, offsets), shape=shape)
+            start = stop
+
+    def _dense_blocks(self, elements: int) -> Iterator[tuple[int, sparse.csr_array]]:
+        rows = max(elements // max(self.n_genes, 1), 1)
+        chunk = self._matrix.chunks[0] if self._matrix.chunks else 1
+        if chunk <= 4 * rows:  # a chunk is decompressed once for every block that it reaches into
+            rows = -(-rows // chunk) * chunk
+        for start in range(0, self.n_cells, rows):
+            yield start, sparse.csr_array(self._matrix[start : start + rows])
+
+    def _find_matrix(self) -> tuple[Any, str]:
+        """Return the matrix and the path of the frame that names its columns."""
+        names = self.layers  # without the one that is read
+        layer = self.layer
+        if layer is None:
+            if "X" not in self._root or self._root["X"].attrs.get("encoding-type") == "null":
+                raise CountsError(
+                    f"{self.path} has no X", f"use --layer (layers: {listing(names)})"
+                )
+            return self._root["X"], "var"
+        if "layers" in self._root and layer in self._root["layers"]:
+            return self._root["layers"][layer], "var"
+        if layer == RAW and RAW in self._root and "X" in self._root[RAW]:
+            return self._root[RAW]["X"], f"{RAW}/var"
+        raise CountsError(
+            f"{self.path} has no layer {layer!r}",
+            f"the layers are {choices(layer, names)}" if names else "leave out --layer to read X",
+        )
+
+    def _index(self, frame: str) -> Any:
+        """Return the array with a frame's row names."""
+        group = self._root[frame]
+        if group.attrs.get("encoding-version") != "0.2.0" or "_index" not in group.attrs:
+            raise CountsError(
+                f"{self.path} was written by an old version of anndata",
+                "read it with anndata.read_h5ad and write it again",
+            )
+        index = group[group.attrs["_index"]]
+        return index["values"] if hasattr(index, "keys") else index  # a nullable-string-array
+
+    def _check_shape(self) -> None:
+        sparse_shape = self._encoding != "dense"
+        shape = self._matrix.attrs["shape"] if sparse_shape else self._matrix.shape
+        if tuple(shape) != (self.n_cells, self.n_genes):
+            raise CountsError(
+                f"{self.where} has shape {tuple(int(n) for n in shape)} but {self.n_cells} cells "
+                f"and {self.n_genes} genes have names",
+                "write the file again",
+            )
+
+
+def _open(path: Path) -> Any:
+    """Open a file or folder that looks like an AnnData."""
+    if not path.exists():
+        raise CountsError(f"there is no file {path}", "check the path of the input")
+    fix = "give an h5ad file or an AnnData-Zarr folder"
+    root: Any
+    if path.is_dir():
+        if not any((path / name).exists() for name in ("zarr.json", ".zgroup")):
+            raise CountsError(f"{path} is a folder but no Zarr group", fix)
+        root = zarr.open_group(path, mode="r")
+    elif h5py.is_hdf5(path):
+        root = h5py.File(path, "r")
+    else:
+        raise CountsError(f"{path} is not an HDF5 file", fix)
+    if not all(name in root for name in ("obs", "var")):
+        kind = root.attrs.get("encoding-type")
+        if isinstance(root, h5py.File):
+            root.close()
+        if kind == "annbatch-preshuffled":
+            raise CountsError(f"{path} is a store already", "train on it, or give its sources")
+        raise CountsError(f"{path} has no obs and var, so it is no AnnData", fix)
+    return root
+
+
+def _encoding(matrix: Any, where: str) -> str:
+    """Return "csr", "csc" or "dense"."""
+    kind = matrix.attrs.get("encoding-type", "array")
+    encodings = {"csr_matrix": "csr", "csc_matrix": "csc", "array": "dense"}
+    if kind not in encodings:
+        raise CountsError(
+            f"{where} is stored as {kind!r}", f"use one of {', '.join(sorted(encodings))}"
+        )
+    return encodings[kind]
+
+
+def _strings(array: Any, start: int, stop: int) -> list[str]:
+    """Read a part of an array of names, however they are stored."""
+    if isinstance(array, h5py.Dataset) and h5py.check_string_dtype(array.dtype):
+        array = array.asstr()
+    return [str(value) for value in array[start:stop]]

@@ -1,0 +1,131 @@
+"""Partitions written one after the other, or several at once as Ray tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rayvaec.data.manifest import PartitionInfo
+from rayvaec.data.partition import CountsDtypes, write_partition
+from rayvaec.data.registry import Registry
+from rayvaec.data.scatter import gather
+from rayvaec.errors import RayvaecError
+from rayvaec.files import remove
+from rayvaec.progress import Progress
+
+
+@dataclass(frozen=True)
+class PartitionJob:
+    """What it takes to write one partition, on any node that sees the folders.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the store.
+    number : int
+        Which partition.
+    scratch : Path
+        Its file of `Scatter`.
+    registry : Registry
+        Genes, labels and batches of the store.
+    dtypes : CountsDtypes
+        Types of counts and indices.
+    codec : str
+        As in `write_partition`.
+    rows_per_chunk : int, optional
+        As in `write_partition`.
+    """
+
+    folder: Path
+    number: int
+    scratch: Path
+    registry: Registry
+    dtypes: CountsDtypes
+    codec: str
+    rows_per_chunk: int | None
+
+    def run(self) -> PartitionInfo:
+        """Put the cells in order and write them."""
+        name = f"dataset_{self.number}"
+        remove(self.folder / name)  # what a task that died may have left
+        cells = gather(self.scratch, self.dtypes, self.registry.batch_key is not None)
+        return write_partition(
+            self.folder,
+            name,
+            cells,
+            self.registry,
+            self.dtypes,
+            codec=self.codec,
+            rows_per_chunk=self.rows_per_chunk,
+        )
+
+
+def write_partitions(jobs: Sequence[PartitionJob], num_workers: int) -> list[PartitionInfo]:
+    """Write all partitions, removing each one's scratch file when it is done.
+
+    Parameters
+    ----------
+    jobs : sequence of PartitionJob
+        In row order.
+    num_workers : int
+        How many to write at once: Ray tasks where more than one.
+
+    Returns
+    -------
+    list of PartitionInfo
+        In the order of `jobs`.
+
+    Raises
+    ------
+    ConfigError
+        If Ray has fewer CPUs than `num_workers`.
+    """
+    infos: dict[int, PartitionInfo] = {}
+    runs = _run_here(jobs) if num_workers == 1 else _run_on_ray(jobs, num_workers)
+    with Progress(len(jobs), "partitions", "writing") as progress:
+        for job, info in runs:
+            remove(job.scratch)
+            infos[job.number] = info
+            progress.advance(1)
+    return [infos[job.number] for job in jobs]
+
+
+def _run_here(jobs: Sequence[PartitionJob]) -> Iterator[tuple[PartitionJob, PartitionInfo]]:
+    for job in jobs:
+        yield job, job.run()
+
+
+def _run_on_ray(
+    jobs: Sequence[PartitionJob], num_workers: int
+) -> Iterator[tuple[PartitionJob, PartitionInfo]]:
+    """Run jobs as Ray tasks, `num_workers` at a time; yield each as it ends."""
+    import ray
+
+    from rayvaec.runtime import check_cpus, ray_session
+
+    with ray_session(num_workers):
+        check_cpus(num_workers, f"{num_workers} workers")
+        task = ray.remote(num_cpus=1, max_retries=3)(PartitionJob.run)
+        waiting = list(reversed(jobs))
+        running: dict[Any, PartitionJob] = {}
+        while waiting or running:
+            while waiting and len(running) < num_workers:
+                job = waiting.pop()
+                running[task.remote(job)] = job
+            done, _ = ray.wait(list(running))
+            for reference in done:
+                yield running.pop(reference), _result(reference)
+
+
+def _result(reference: Any) -> PartitionInfo:
+    """Return a task's result, or raise its own error instead of Ray's wrapping of it."""
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, RayvaecError | OSError):
+            raise error.cause from error
+        raise
