@@ -17,9 +17,9 @@ from torch import Tensor
 
 from rayvaec.kernels.csr import CsrCounts
 from rayvaec.kernels.keys import normal_noise
-from rayvaec.kernels.nb_loss_interim import nb_reconstruction
 from rayvaec.kernels.nb_sample import Draws
 from rayvaec.model.draws import BLOCK_ROWS, draw_rows, padded
+from rayvaec.model.losses import MIXTURE_DRAWS
 from rayvaec.model.vaec import VAEC
 
 ELBO_SAMPLE = 2**63
@@ -143,11 +143,10 @@ def expression(module: VAEC, cells: Cells) -> NDArray[np.float32]:
     NDArray[n_cells, n_genes], rows sum to 1
     """
     result = np.empty((len(cells), module.config.n_input), np.float32)
-    dispersion = torch.exp(module.px_r)
     for block in _blocks(module, cells):
         qz = module.encode(block.x, block.y, block.batch_index)
         rate = module.decode(qz.loc, torch.ones_like(qz.loc[:, :1]), block.y, block.batch_index)
-        mean = rate * dispersion
+        mean = module.mean_of_rate(rate)
         result[block.rows] = (mean / mean.sum(1, keepdim=True))[: block.n].cpu().numpy()
     return result
 
@@ -170,18 +169,17 @@ def elbo(module: VAEC, cells: Cells, seed: int = 0) -> NDArray[np.float64]:
     """
     result = np.empty(len(cells), np.float64)
     samples = np.full(len(cells), ELBO_SAMPLE, np.uint64)
-    noise = torch.from_numpy(normal_noise(seed, cells.keys, samples, module.config.n_latent))
+    n_draws = 1 + MIXTURE_DRAWS * (module.config.prior == "mog")
+    keyed = normal_noise(seed, cells.keys, samples, n_draws * module.config.n_latent)
+    every_noise = torch.from_numpy(keyed).view(len(cells), n_draws, -1)
     for block in _blocks(module, cells):
         qz = module.encode(block.x, block.y, block.batch_index)
-        z = qz.loc + qz.scale * padded(noise[block.rows].to(qz.loc.device))
-        h = module.decoder(z, block.y, block.batch_index)
-        _, reconstruction = nb_reconstruction(
-            *(h, module.output.weight, module.output.bias, module.px_r),
-            *(block.x.library(), block.x, torch.ones_like(qz.loc[:, 0])),
-        )
-        variance = qz.variance.double()
-        kl = 0.5 * (qz.loc.double() ** 2 + variance - 1 - torch.log(variance)).sum(1)
-        result[block.rows] = -(reconstruction.double() + kl)[: block.n].cpu().numpy()
+        noise = padded(every_noise[block.rows]).to(qz.loc.device).transpose(0, 1)
+        z = qz.loc + qz.scale * noise[0]
+        factor = torch.ones_like(qz.loc[:, 0])
+        _, reconstruction = module.reconstruction(z, block.x, block.y, block.batch_index, factor)
+        kl = module.kl(qz, block.y, noise[1:])
+        result[block.rows] = -(reconstruction.double() + kl.double())[: block.n].cpu().numpy()
     return result
 
 
@@ -283,7 +281,7 @@ def _draw_rows(
         module,
         loc[cell].to(device),
         scale[cell].to(device),
-        torch.from_numpy(library[row])[:, None].to(device),
+        module.library_of(torch.from_numpy(library[row])[:, None].to(device)),
         _codes(cells.labels[row], device),
         None if cells.batches is None else _codes(cells.batches[row], device),
         seed=seed,

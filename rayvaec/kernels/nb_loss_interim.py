@@ -17,16 +17,22 @@ def nb_reconstruction(
     library: Tensor,
     x: CsrCounts,
     cell_factor: Tensor,
+    generative: str = "softplus",
 ) -> tuple[Tensor, Tensor]:
     """Return the weighted sum of the cells' losses, and each cell's loss without gradients."""
-    r = (library * functional.softplus(functional.linear(h, weight, bias))).clamp_min(1e-12)
+    a = functional.linear(h, weight, bias)
     counts = x.to_dense()
+    if generative == "softplus":
+        r, logits = (library * functional.softplus(a)).clamp_min(1e-12), px_r
+    else:
+        r = torch.exp(px_r)
+        logits = torch.log((library * torch.softmax(a, 1)).clamp_min(1e-12)) - px_r
     log_prob = (
         torch.lgamma(counts + r)
         - torch.lgamma(r)
         - torch.lgamma(counts + 1)
-        + counts * functional.logsigmoid(px_r)
-        - r * functional.softplus(px_r)
+        + counts * functional.logsigmoid(logits)
+        - r * functional.softplus(logits)
     )
     reconstruction = -log_prob.sum(1)
     return (cell_factor * reconstruction).sum(), reconstruction.detach()

@@ -10,6 +10,12 @@ from typing import Any, Self
 
 from rayvaec.errors import ConfigError
 
+_CHOICES = {
+    "generative": ("softplus", "softmax"),
+    "library": ("sum", "log"),
+    "prior": ("normal", "mog"),
+}
+
 
 @dataclass(frozen=True)
 class VAECConfig:
@@ -33,6 +39,17 @@ class VAECConfig:
         Number of experimental batches that the decoder is conditioned on.
     encode_covariates : bool
         Whether the encoder is conditioned on the batch too.
+    generative : str
+        ``"softplus"`` (scvi-tools 0.15 to 1.4.0) or ``"softmax"`` (1.4.1 on).
+    library : str
+        ``"sum"`` of a cell's counts, or its ``"log"`` (softplus models of 2021, whose decoder has
+        no dropout).
+    prior : str
+        ``"normal"``, or ``"mog"``: a learned mixture of Gaussians per label (softmax form).
+    num_classes_mog : int
+        Components of that mixture.
+    n_fine_labels : int, optional
+        Number of fine labels that a classifier on z tells apart (softmax form).
 
     Raises
     ------
@@ -50,13 +67,25 @@ class VAECConfig:
     dropout_rate: float = 0.05
     n_batch: int = 0
     encode_covariates: bool = False
+    generative: str = "softplus"
+    library: str = "sum"
+    prior: str = "normal"
+    num_classes_mog: int = 10
+    n_fine_labels: int | None = None
 
     def __post_init__(self) -> None:
+        self._check_ranges()
+        self._check_choices()
+        self._check_ct_weight()
+
+    def _check_ranges(self) -> None:
         for name, low in (
             *(("n_input", 1), ("n_hidden", 1), ("n_latent", 1), ("n_layers", 1)),
-            *(("n_labels", 0), ("n_batch", 0)),
+            *(("n_labels", 0), ("n_batch", 0), ("num_classes_mog", 1), ("n_fine_labels", 2)),
         ):
             value = getattr(self, name)
+            if value is None and name == "n_fine_labels":
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ConfigError(
                     f"VAEC: {name}={value!r} is out of range", f"give a whole number >= {low}"
@@ -71,7 +100,34 @@ class VAECConfig:
                 f"VAEC: encode_covariates=True with n_batch={self.n_batch}",
                 "give n_batch >= 1 or encode_covariates=False",
             )
-        self._check_ct_weight()
+
+    def _check_choices(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"VAEC: {name}={getattr(self, name)!r} is unknown",
+                    f"choose from {', '.join(choices)}",
+                )
+        softmax = self.generative == "softmax"
+        for name, ours, needed in (
+            ("library='log'", self.library == "log", "softplus"),
+            ("prior='mog'", self.prior == "mog", "softmax"),
+            ("n_fine_labels", self.n_fine_labels is not None, "softmax"),
+        ):
+            if ours and self.generative != needed:
+                raise ConfigError(
+                    f"VAEC: {name} does not go with generative={self.generative!r}",
+                    f"use generative={needed!r}",
+                )
+        if softmax and self.n_batch < 1:
+            raise ConfigError(
+                f"VAEC: the softmax form embeds the batch and n_batch={self.n_batch}",
+                "give n_batch >= 1",
+            )
+        if self.prior == "mog" and self.n_labels < 1:
+            raise ConfigError(
+                "VAEC: prior='mog' is a mixture per label and n_labels=0", "give n_labels >= 1"
+            )
 
     def _check_ct_weight(self) -> None:
         if self.ct_weight is None:

@@ -25,6 +25,22 @@ class NegativeBinomial:
         self.total_count = total_count.clamp_min(RATE_FLOOR)
         self.logits = logits
 
+    @classmethod
+    def from_mean(cls, mean: Tensor, log_dispersion: Tensor) -> NegativeBinomial:
+        """Build from the mean and the logarithm of the inverse dispersion (softmax form).
+
+        Parameters
+        ----------
+        mean : Tensor[..., n_genes], > 0
+        log_dispersion : Tensor[n_genes]
+
+        Returns
+        -------
+        NegativeBinomial
+        """
+        logits = torch.log(mean.clamp_min(RATE_FLOOR)) - log_dispersion
+        return cls(torch.exp(log_dispersion), logits)
+
     @property
     def mean(self) -> Tensor:
         """Expected counts, Tensor[..., n_genes]."""

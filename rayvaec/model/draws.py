@@ -48,7 +48,7 @@ def draw_rows(
         The model; it is decoded without dropout.
     loc, scale : Tensor[n_rows, n_latent]
         Mean and standard deviation of z.
-    library : Tensor[n_rows, 1], total counts
+    library : Tensor[n_rows, 1], from `VAEC.library_of`
     y, batch_index : Tensor[n_rows, 1]
         Label and batch codes.
     seed : int
@@ -81,7 +81,14 @@ def draw_rows(
             )
             rate[first - start : rows.stop - start] = decoded.cpu().numpy()
         parts.append(
-            draw_counts(rate[: stop - start], px_r, seed, keys[start:stop], samples[start:stop])
+            draw_counts(
+                rate[: stop - start],
+                px_r,
+                seed,
+                keys[start:stop],
+                samples[start:stop],
+                generative=module.config.generative,
+            )
         )
     return _stacked(parts)
 

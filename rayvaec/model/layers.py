@@ -33,6 +33,8 @@ class FCLayers(nn.Module):
         Number of layers, and the width between them.
     dropout_rate : float
         Share of outputs set to zero while training.
+    batch_norm : bool
+        Whether outputs are normalised over the minibatch before the LayerNorm.
     """
 
     def __init__(
@@ -43,21 +45,23 @@ class FCLayers(nn.Module):
         n_layers: int,
         n_hidden: int,
         dropout_rate: float,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
         self.n_cat_list = [n_cat if n_cat > 1 else 0 for n_cat in n_cat_list]
         widths = [n_in, *[n_hidden] * (n_layers - 1), n_out]
         self.fc_layers = nn.Sequential()
         for i in range(n_layers):
-            self.fc_layers.add_module(
-                f"Layer {i}",
-                nn.Sequential(
-                    nn.Linear(widths[i] + sum(self.n_cat_list), widths[i + 1]),
-                    nn.LayerNorm(widths[i + 1], elementwise_affine=False),
-                    nn.ReLU(),
-                    nn.Dropout(dropout_rate),
-                ),
-            )
+            n_out = widths[i + 1]
+            steps = [
+                nn.Linear(widths[i] + sum(self.n_cat_list), n_out),
+                # scvi-tools' own constants, from its first implementation in TensorFlow.
+                *([nn.BatchNorm1d(n_out, momentum=0.01, eps=0.001)] if batch_norm else []),
+                nn.LayerNorm(n_out, elementwise_affine=False),
+                nn.ReLU(),
+                nn.Dropout(dropout_rate),
+            ]
+            self.fc_layers.add_module(f"Layer {i}", nn.Sequential(*steps))
 
     @property
     def _first(self) -> nn.Linear:
@@ -101,17 +105,21 @@ class FCLayers(nn.Module):
         first = self._first
         return self._after_first_linear(first(_joined(x, covariates)), covariates)
 
-    def forward_csr(self, x: CsrCounts, *categories: Tensor | None, log1p: bool) -> Tensor:
+    def forward_csr(
+        self, x: CsrCounts, *categories: Tensor | None, log1p: bool, beside: Tensor | None = None
+    ) -> Tensor:
         """Run the stack on sparse counts, without making them dense.
 
         Parameters
         ----------
         x : CsrCounts
-            Raw counts of n_cells x n_in.
+            Raw counts of n_cells x n_genes.
         *categories : Tensor[n_cells, 1] or None
             Codes of each covariate.
         log1p : bool
             Whether the stack reads log(1 + x).
+        beside : Tensor[n_cells, n_in - n_genes], optional
+            Further input, joined to the genes.
 
         Returns
         -------
@@ -121,8 +129,10 @@ class FCLayers(nn.Module):
         first = self._first
         dense = torch.log1p(x.to_dense()) if log1p else x.to_dense()
         a = functional.linear(dense, first.weight[:, : x.n_genes], first.bias)
-        if covariates is not None:
-            a = a + functional.linear(covariates, first.weight[:, x.n_genes :])
+        dense_inputs = [part for part in (beside, covariates) if part is not None]
+        if dense_inputs:
+            joined = torch.cat(dense_inputs, dim=1)
+            a = a + functional.linear(joined, first.weight[:, x.n_genes :])
         return self._after_first_linear(a, covariates)
 
     def _after_first_linear(self, a: Tensor, covariates: Tensor | None) -> Tensor:
@@ -169,9 +179,11 @@ class Encoder(nn.Module):
         """Return q(z | x, y) for dense input, Tensor[n_cells, n_input]."""
         return self._heads(self.encoder(x, *categories))
 
-    def forward_csr(self, x: CsrCounts, *categories: Tensor | None, log1p: bool) -> Normal:
-        """Return q(z | x, y) for sparse raw counts of n_cells x n_input."""
-        return self._heads(self.encoder.forward_csr(x, *categories, log1p=log1p))
+    def forward_csr(
+        self, x: CsrCounts, *categories: Tensor | None, log1p: bool, beside: Tensor | None = None
+    ) -> Normal:
+        """Return q(z | x, y) for sparse raw counts; arguments as in `FCLayers.forward_csr`."""
+        return self._heads(self.encoder.forward_csr(x, *categories, log1p=log1p, beside=beside))
 
     def _heads(self, hidden: Tensor) -> Normal:
         variance = torch.exp(self.var_encoder(hidden)) + VARIANCE_FLOOR

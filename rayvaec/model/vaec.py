@@ -1,12 +1,16 @@
 """VAEC: a label-conditional variational autoencoder for single-cell counts.
 
 The module of scvi-tools' CondSCVI (Lopez et al. 2022, DestVI, Nature Biotechnology, Methods:
-"single-cell latent variable model"), in the form that scvi-tools 0.15 to 1.4.0 trained::
+"single-cell latent variable model")::
 
-    z ~ N(0, I)                                       per cell
-    h = decoder(z, y)                                 y: the cell's label
-    px_scale = softplus(W h + b)                      per gene
-    x ~ NB(total_count=library * px_scale, logits=px_r)
+    z ~ N(0, I)                                            per cell
+    h = decoder(z, y)                                      y: the cell's label
+    softplus form (scvi-tools 0.15 to 1.4.0), the default:
+        px_scale = softplus(W h + b)                       per gene
+        x ~ NB(total_count=library * px_scale, logits=px_r)
+    softmax form (1.4.1 on):
+        px_scale = softmax(W h + b + per_ct_bias[y])
+        x ~ NB(mean=library * px_scale, inverse dispersion=exp(px_r))
 
 State-dict keys are scvi-tools' own, so that weights move between the two.
 """
@@ -14,51 +18,27 @@ State-dict keys are scvi-tools' own, so that weights move between the two.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.distributions import Normal, kl_divergence
+from torch import Tensor
+from torch.distributions import Normal
 
 from rayvaec.errors import CountsError
 from rayvaec.kernels.csr import CsrCounts
 from rayvaec.kernels.keys import position_keys
-from rayvaec.kernels.nb_loss_interim import nb_reconstruction
 from rayvaec.model.checks import check_codes, check_counts
 from rayvaec.model.config import VAECConfig
-from rayvaec.model.distributions import NegativeBinomial
 from rayvaec.model.draws import draw_rows
-from rayvaec.model.layers import Encoder, FCLayers
+from rayvaec.model.losses import MIXTURE_DRAWS, LossOutput, LossRecorder, classification_loss
+from rayvaec.model.network import VAECNetwork
 
-SMALLEST_FRACTION = 1e-8
-"""Start value of px_scale for a gene without counts: softplus cannot be zero."""
-
-
-@dataclass(frozen=True)
-class LossOutput:
-    """The loss of a minibatch.
-
-    Parameters
-    ----------
-    loss : Tensor[]
-        What the optimiser minimises.
-    reconstruction_loss, kl_local : Tensor[n_cells]
-        Negative log-likelihood and Kullback-Leibler term of each cell, unweighted.
-    """
-
-    loss: Tensor
-    reconstruction_loss: Tensor
-    kl_local: Tensor
+__all__ = ["VAEC", "LossOutput", "LossRecorder"]
 
 
-LossRecorder = LossOutput
-"""The name that scvi-tools gave `LossOutput` until 0.20."""
-
-
-class VAEC(nn.Module):
+class VAEC(VAECNetwork):
     """Label-conditional VAE for counts.
 
     Parameters
@@ -76,15 +56,14 @@ class VAEC(nn.Module):
     dropout_rate : float
         Dropout of encoder and decoder.
     **module_kwargs
-        Further arguments of `VAECConfig`: ``n_batch``, ``encode_covariates``.
+        Further arguments of `VAECConfig`: ``generative``, ``library``, ``n_batch``,
+        ``encode_covariates``, ``prior``, ``num_classes_mog``, ``n_fine_labels``.
 
     Raises
     ------
     ConfigError
         If an argument is unknown or out of range.
     """
-
-    ct_weight: Tensor
 
     def __init__(
         self,
@@ -98,8 +77,7 @@ class VAEC(nn.Module):
         dropout_rate: float = 0.05,
         **module_kwargs: Any,
     ) -> None:
-        super().__init__()
-        self.config = config = VAECConfig.from_json(
+        config = VAECConfig.from_json(
             {
                 "n_input": n_input,
                 "n_labels": n_labels,
@@ -112,19 +90,7 @@ class VAEC(nn.Module):
                 **module_kwargs,
             }
         )
-        encoder_categories = [n_labels, config.n_batch if config.encode_covariates else 0]
-        shared = (n_layers, n_hidden, dropout_rate)
-        self.px_r = nn.Parameter(torch.randn(n_input))
-        self.z_encoder = Encoder(n_input, n_latent, encoder_categories, *shared)
-        self.decoder = FCLayers(n_latent, n_hidden, [n_labels, config.n_batch], *shared)
-        self.px_decoder = nn.Sequential(nn.Linear(n_hidden, n_input), nn.Softplus())
-        weights = torch.ones(n_labels) if ct_weight is None else torch.tensor(config.ct_weight)
-        self.register_buffer("ct_weight", weights)
-
-    @property
-    def output(self) -> nn.Linear:
-        """The decoder's last product, n_hidden to n_input."""
-        return cast(nn.Linear, self.px_decoder[0])
+        super().__init__(config)
 
     def inference(
         self, x: Tensor, y: Tensor, n_samples: int = 1, *, batch_index: Tensor | None = None
@@ -144,7 +110,7 @@ class VAEC(nn.Module):
         -------
         dict
             ``z`` (Tensor[(n_samples,) n_cells, n_latent]), ``qz`` (Normal) and ``library``
-            (Tensor[(n_samples,) n_cells, 1], total counts).
+            (Tensor[(n_samples,) n_cells, 1], as in `library_of`).
 
         Raises
         ------
@@ -154,8 +120,12 @@ class VAEC(nn.Module):
         self._check_codes(y, batch_index, len(x))
         check_counts(x, self.config.n_input)
         x = x.to(self.px_r.dtype)
-        qz = self.z_encoder(torch.log1p(x) if self.config.log_variational else x, y, batch_index)
-        library = x.sum(1, keepdim=True)
+        encoded = torch.log1p(x) if self.config.log_variational else x
+        beside = self._encoded_batch(y, batch_index)
+        if beside is not None:
+            encoded = torch.cat((encoded, beside), dim=1)
+        qz = self.z_encoder(encoded, *self._encoder_categories(y, batch_index))
+        library = self.library_of(x.sum(1, keepdim=True))
         if n_samples > 1:
             z = qz.rsample(torch.Size((n_samples,)))
             library = library.expand(n_samples, -1, -1)
@@ -177,7 +147,7 @@ class VAEC(nn.Module):
         Parameters
         ----------
         z : Tensor[..., n_cells, n_latent]
-        library : Tensor[..., n_cells, 1], total counts
+        library : Tensor[..., n_cells, 1], as `inference` returns it
         y : Tensor[n_cells, 1], label codes
         batch_index : Tensor[n_cells, 1], optional
             Batch codes, in models with batches.
@@ -187,20 +157,18 @@ class VAEC(nn.Module):
         Returns
         -------
         dict
-            ``px_scale`` and ``px_rate`` (Tensor[..., n_cells, n_input]), ``px_r``
-            (Tensor[n_input]) and ``px`` (NegativeBinomial).
+            ``px_scale`` and ``px_rate`` (Tensor[..., n_cells, n_input]), ``px_r`` (Tensor[n_input]:
+            logits in the softplus form, inverse dispersion in the softmax form) and ``px``
+            (NegativeBinomial).
         """
         if transform_batch is not None:
             batch_index = torch.full_like(y, transform_batch)
         self._check_codes(y, batch_index, z.shape[-2])
-        px_scale = self.px_decoder(self.decoder(z, y, batch_index))
+        px_scale = self._px_scale(self._decoder_hidden(z, y, batch_index), y)
         px_rate = library * px_scale
-        return {
-            "px_scale": px_scale,
-            "px_rate": px_rate,
-            "px_r": self.px_r,
-            "px": NegativeBinomial(px_rate, self.px_r),
-        }
+        px = self._counts(px_rate)
+        px_r = self.px_r if self.is_softplus else torch.exp(self.px_r)
+        return {"px_scale": px_scale, "px_rate": px_rate, "px_r": px_r, "px": px}
 
     def loss(
         self,
@@ -208,27 +176,39 @@ class VAEC(nn.Module):
         inference_outputs: Mapping[str, Any],
         generative_outputs: Mapping[str, Any],
         kl_weight: float = 1.0,
+        classification_ratio: float = 5.0,
     ) -> LossOutput:
         """Return the negative evidence lower bound, weighted by label.
 
         Parameters
         ----------
         tensors : Mapping
-            ``X`` (Tensor[n_cells, n_input], raw counts) and ``labels`` (Tensor[n_cells, 1]).
+            ``X`` (Tensor[n_cells, n_input], raw counts), ``labels`` (Tensor[n_cells, 1]) and, in
+            models with fine labels, ``fine_labels`` (Tensor[n_cells, 1]).
         inference_outputs, generative_outputs : Mapping
             What `inference` and `generative` returned.
         kl_weight : float
             Weight of the Kullback-Leibler term.
+        classification_ratio : float
+            Weight of the fine labels' cross-entropy.
 
         Returns
         -------
         LossOutput
         """
-        kl_local = _kl_to_standard_normal(inference_outputs["qz"])
+        y, qz = tensors["labels"], inference_outputs["qz"]
+        kl_local = self.kl(qz, y)
         reconstruction = -generative_outputs["px"].log_prob(tensors["X"]).sum(-1)
-        weight = self._cell_weight(tensors["labels"])
-        loss = torch.mean(weight * (reconstruction + kl_weight * kl_local))
-        return LossOutput(loss, reconstruction, kl_local)
+        per_cell = reconstruction + kl_weight * kl_local
+        classification = None
+        if self.config.n_fine_labels is not None:
+            logits = self.classify(qz.loc, y)
+            classification = classification_ratio * classification_loss(
+                logits, tensors["fine_labels"]
+            )
+            per_cell = per_cell + classification
+        loss = torch.mean(self._cell_weight(y) * per_cell)
+        return LossOutput(loss, reconstruction, kl_local, classification)
 
     def forward(
         self,
@@ -337,18 +317,23 @@ class VAEC(nn.Module):
         Normal
             Mean and standard deviation, Tensor[n_cells, n_latent] each.
         """
-        return self.z_encoder.forward_csr(x, y, batch_index, log1p=self.config.log_variational)
+        return self.z_encoder.forward_csr(
+            x,
+            *self._encoder_categories(y, batch_index),
+            log1p=self.config.log_variational,
+            beside=self._encoded_batch(y, batch_index),
+        )
 
     @torch.no_grad()
     def decode(
         self, z: Tensor, library: Tensor, y: Tensor, batch_index: Tensor | None = None
     ) -> Tensor:
-        """Return px_rate, the total count of each gene's negative binomial.
+        """Return px_rate: library times px_scale.
 
         Parameters
         ----------
         z : Tensor[n_cells, n_latent]
-        library : Tensor[n_cells, 1], total counts
+        library : Tensor[n_cells, 1], from `library_of`
         y, batch_index : Tensor[n_cells, 1]
             Label and batch codes.
 
@@ -356,7 +341,7 @@ class VAEC(nn.Module):
         -------
         Tensor[n_cells, n_input]
         """
-        return self.px_decoder(self.decoder(z, y, batch_index)).mul_(library)
+        return self._px_scale(self._decoder_hidden(z, y, batch_index), y).mul_(library)
 
     def minibatch_loss(
         self,
@@ -392,42 +377,16 @@ class VAEC(nn.Module):
             Only `loss` carries gradients.
         """
         qz = self.encode(x, y, batch_index)
-        noise = torch.randn(qz.loc.shape, generator=generator, device=qz.loc.device)
-        h = self.decoder(qz.loc + qz.scale * noise, y, batch_index)
+        n_draws = 1 + MIXTURE_DRAWS * (self.config.prior == "mog")
+        noise = torch.randn((n_draws, *qz.loc.shape), generator=generator, device=qz.loc.device)
         factor = self._cell_weight(y) / (divisor or x.n_cells)
-        weighted_sum, reconstruction = nb_reconstruction(
-            h, self.output.weight, self.output.bias, self.px_r, x.library(), x, factor
+        weighted_sum, reconstruction = self.reconstruction(
+            qz.loc + qz.scale * noise[0], x, y, batch_index, factor
         )
-        kl_local = _kl_to_standard_normal(qz)
+        kl_local = self.kl(qz, y, noise[1:])
         loss = weighted_sum + kl_weight * (factor * kl_local).sum()
         return LossOutput(loss, reconstruction, kl_local.detach())
-
-    @torch.no_grad()
-    def init_from_counts(self, mean_fraction: Tensor) -> None:
-        """Start px_scale at each gene's mean fraction of a cell's counts.
-
-        Upstream starts at softplus(0) = 0.7 for every gene, an expected total of 0.7 * n_input
-        times the library, and spends its first epochs coming down from there.
-
-        Parameters
-        ----------
-        mean_fraction : Tensor[n_input]
-            Share of each gene in the counts of the training cells.
-        """
-        fraction = mean_fraction.double().clamp_min(SMALLEST_FRACTION)
-        self.output.bias.copy_(torch.log(torch.expm1(fraction)))
-
-    def _cell_weight(self, y: Tensor) -> Tensor:
-        if self.config.n_labels == 0:
-            return torch.ones(len(y), dtype=self.px_r.dtype, device=y.device)
-        return self.ct_weight[y.reshape(-1).long()]
 
     def _check_codes(self, y: Tensor, batch_index: Tensor | None, n_cells: int) -> None:
         check_codes("labels", y, self.config.n_labels, n_cells)
         check_codes("batch", batch_index, self.config.n_batch, n_cells)
-
-
-def _kl_to_standard_normal(qz: Normal) -> Tensor:
-    """KL(qz || N(0, I)) summed over the latent dimensions, Tensor[n_cells]."""
-    standard = Normal(torch.zeros_like(qz.loc), torch.ones_like(qz.scale), validate_args=False)
-    return kl_divergence(qz, standard).sum(dim=-1)

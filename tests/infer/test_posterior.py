@@ -75,10 +75,13 @@ def test_latent_equals_the_dense_module(module, cells):
     np.testing.assert_allclose(variance, qz.variance, rtol=1e-4)
 
 
+FORMS = ({}, {"generative": "softmax", "n_batch": 1, "prior": "mog"})
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_results_do_not_depend_on_the_cells_beside_them(data):
-    module, cells = make_module(), make_cells()
+    module, cells = make_module(**data.draw(st.sampled_from(FORMS))), make_cells()
     order = np.array(data.draw(st.lists(st.integers(0, N_CELLS - 1), min_size=1, max_size=140)))
     part = take(cells, order)
     for whole, ours in (

@@ -8,17 +8,21 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from rayvaec.errors import ConfigError, CountsError
+from rayvaec.errors import ConfigError, CountsError, ModelError
 from rayvaec.kernels.csr import CsrCounts
+from rayvaec.model.losses import kl_to_standard_normal
 from rayvaec.model.vaec import VAEC, LossOutput, LossRecorder
 
-PARITY = (
+WITH_LOSS = (
     "softplus",
     "softplus_1layer_nolog",
     "softplus_one_label",
     "softplus_batch",
     "softplus_batch_encode",
+    "softmax",
+    "softmax_batch_encode",
 )
+RANDOM_LOSS = ("softmax_mog", "softmax_fine")
 RELATIVE = 1e-4
 
 
@@ -28,7 +32,7 @@ class Parity:
     def __init__(self, path):
         self.file = np.load(path)
         kwargs = json.loads(str(self.file["kwargs"]))
-        kwargs.pop("scvi_version")
+        kwargs["generative"] = "softmax" if kwargs.pop("scvi_version") == "1.4.2" else "softplus"
         self.module = VAEC(**kwargs, ct_weight=self.file["ct_weight"]).eval()
         self.module.load_state_dict(
             {name[6:]: self.tensor(name) for name in self.file if name.startswith("state/")}
@@ -59,8 +63,13 @@ class Parity:
         return inferred, generated
 
 
-@pytest.fixture(params=PARITY)
+@pytest.fixture(params=WITH_LOSS)
 def parity(request, shared):
+    return Parity(shared / "parity" / f"{request.param}.npz")
+
+
+@pytest.fixture(params=WITH_LOSS + RANDOM_LOSS)
+def parity_of_outputs(request, shared):
     return Parity(shared / "parity" / f"{request.param}.npz")
 
 
@@ -102,13 +111,20 @@ def test_the_signature_is_the_one_that_scvi_users_know():
     assert LossRecorder is LossOutput
 
 
-def test_outputs_equal_scvi_tools(parity):
+def test_outputs_equal_scvi_tools(parity_of_outputs):
+    parity = parity_of_outputs
     inferred, generated = parity.at_mean()
     assert_close(inferred["qz"].loc, parity.file["qz_loc"])
     assert_close(inferred["qz"].scale, parity.file["qz_scale"])
     assert_close(inferred["library"], parity.file["library"])
     assert_close(generated["px"].mean, parity.file["px_mean"])
-    assert_close(generated["px_rate"], parity.file["px_theta"])
+    theta, mu = parity.file["px_theta"], parity.file["px_mu"]
+    assert_close(generated["px"].total_count.expand(theta.shape), theta)
+    assert_close(generated["px_rate"], theta if parity.module.is_softplus else mu)
+    if "reconstruction_loss" in parity.file:
+        assert_close(
+            -generated["px"].log_prob(parity.x).sum(-1), parity.file["reconstruction_loss"]
+        )
 
 
 def test_loss_and_every_gradient_equal_scvi_tools(parity):
@@ -144,6 +160,75 @@ def test_the_sparse_path_equals_the_dense_one(parity, monkeypatch):
     module.loss(parity.tensors, inferred, generated, kl_weight=kl_weight).loss.backward()
     for name, parameter in module.named_parameters():
         assert_close(ours[name], parameter.grad)
+
+
+def test_the_mixture_prior_is_a_mixture():
+    # With one component N(0, 1), the estimate agrees with the closed form.
+    module = small_model(generative="softmax", n_batch=1, prior="mog", num_classes_mog=1)
+    with torch.no_grad():
+        module.prior_means.zero_()
+        module.prior_log_std.zero_()
+    qz = Normal(torch.linspace(-1, 1, 40).view(8, 5), torch.full((8, 5), 0.7))
+    y = torch.arange(8)[:, None] % 3
+    noise = torch.randn(20_000, 8, 5, generator=torch.Generator().manual_seed(0))
+    exact = kl_to_standard_normal(qz)
+    torch.testing.assert_close(module.kl(qz, y, noise).detach(), exact, rtol=0.02, atol=0.03)
+    with torch.no_grad():
+        module.prior_means[0] += 1
+    moved = (module.kl(qz, y, noise).detach() - exact).abs() > 0.1
+    assert torch.equal(moved, y[:, 0] == 0)
+
+
+def test_fine_labels_are_classified_and_weigh_in_the_loss():
+    module = small_model(generative="softmax", n_batch=1, n_fine_labels=6)
+    tensors = small_tensors()
+    tensors["fine_labels"] = torch.arange(8)[:, None] % 7  # 6 stands for "not known"
+    inferred, generated, with_fine = module(tensors)
+    logits = module.classify(inferred["qz"].loc, tensors["labels"])
+    assert logits.shape == (8, 6)
+    known = tensors["fine_labels"][:, 0] < 6
+    entropy = -torch.log_softmax(logits, 1)[known, tensors["fine_labels"][known, 0]].mean()
+    torch.testing.assert_close(with_fine.classification_loss, 5 * entropy)
+    plain = (with_fine.reconstruction_loss + with_fine.kl_local).mean()
+    torch.testing.assert_close(with_fine.loss, plain + 5 * entropy)
+    double = module.loss(tensors, inferred, generated, classification_ratio=10.0)
+    torch.testing.assert_close(double.loss, plain + 10 * entropy)
+    tensors["fine_labels"][:] = 6
+    torch.testing.assert_close(module.loss(tensors, inferred, generated).loss, plain)
+
+
+def test_a_model_without_fine_labels_does_not_classify():
+    with pytest.raises(ModelError, match="no fine labels"):
+        small_model().classify(torch.zeros(2, 5), torch.zeros(2, 1, dtype=torch.long))
+
+
+def test_the_log_library_of_2021_is_the_logarithm_and_its_decoder_has_no_dropout():
+    module = small_model(library="log", dropout_rate=0.9)
+    tensors = small_tensors()
+    inferred, generated = module(tensors, compute_loss=False)
+    torch.testing.assert_close(inferred["library"], tensors["X"].sum(1, keepdim=True).log())
+    torch.testing.assert_close(generated["px_rate"], generated["px_scale"] * inferred["library"])
+    module.train()
+    decode = {name: inferred[name] for name in ("z", "library")} | {"y": tensors["labels"]}
+    once, again = (module.generative(**decode)["px_rate"] for _ in range(2))
+    assert torch.equal(once, again)
+
+
+@pytest.mark.parametrize("form", [{"n_batch": 2}, {"prior": "mog"}, {"encode_covariates": True}])
+def test_the_softmax_form_draws_and_decodes_in_another_batch(form):
+    module = small_model(**{"generative": "softmax", "n_batch": 1, **form})
+    tensors = small_tensors() | {"batch": torch.zeros(8, 1, dtype=torch.long)}
+    counts = module.sample(tensors, 3)
+    assert counts.shape == (8, 30, 3)
+    assert counts.sum() > 0
+    if module.config.n_batch == 2:
+        inferred = module.inference(tensors["X"], tensors["labels"], batch_index=tensors["batch"])
+        decode = {name: inferred[name] for name in ("z", "library")} | {"y": tensors["labels"]}
+        same, other = (
+            module.generative(**decode, batch_index=tensors["batch"], transform_batch=batch)
+            for batch in (0, 1)
+        )
+        assert not torch.equal(same["px_rate"], other["px_rate"])
 
 
 def test_ct_weight_weighs_the_cells_of_a_label():
@@ -249,6 +334,11 @@ def test_start_values_put_px_scale_at_the_mean_fraction():
         ({"n_latent": 0}, "n_latent=0"),
         ({"dropout_rate": 1.0}, "dropout_rate=1.0"),
         ({"encode_covariates": True}, "n_batch=0"),
+        ({"generative": "sofmax"}, "softplus, softmax"),
+        ({"generative": "softmax"}, "n_batch=0"),
+        ({"prior": "mog"}, "use generative='softmax'"),
+        ({"library": "log", "generative": "softmax", "n_batch": 1}, "use generative='softplus'"),
+        ({"n_fine_labels": 4}, "use generative='softmax'"),
         ({"ct_weight": [1.0]}, "1 values for n_labels=3"),
         ({"ct_weight": [1.0, -1.0, 1.0]}, "ct_weight[1]=-1.0"),
     ],

@@ -1,0 +1,247 @@
+"""What VAEC learns: its parameters in either generative form, and the pieces they compute.
+
+`rayvaec.model.vaec.VAEC` puts the pieces together. Which form a model has is known here alone.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Normal
+from torch.nn import functional
+
+from rayvaec.errors import ModelError
+from rayvaec.kernels.csr import CsrCounts
+from rayvaec.kernels.nb_loss_interim import nb_reconstruction
+from rayvaec.model.config import VAECConfig
+from rayvaec.model.distributions import NegativeBinomial
+from rayvaec.model.layers import Encoder, FCLayers
+from rayvaec.model.losses import MIXTURE_DRAWS, kl_to_mixture, kl_to_standard_normal
+
+BATCH_DIMENSIONS = 5
+"""Dimensions of the softmax form's batch embedding, as in scvi-tools."""
+
+SMALLEST_FRACTION = 1e-8
+"""Start value of px_scale for a gene without counts: neither form can give zero."""
+
+
+class VAECNetwork(nn.Module):
+    """Encoder, decoder and dispersion of VAEC, under scvi-tools' parameter names.
+
+    Parameters
+    ----------
+    config : VAECConfig
+        Sizes and form.
+    """
+
+    ct_weight: Tensor
+
+    def __init__(self, config: VAECConfig) -> None:
+        super().__init__()
+        self.config = config
+        weights = [1.0] * config.n_labels if config.ct_weight is None else config.ct_weight
+        self.register_buffer("ct_weight", torch.tensor(weights, dtype=torch.float32))
+        self.px_r = nn.Parameter(torch.randn(config.n_input))
+        if self.is_softplus:
+            self._build_softplus()
+        else:
+            self._build_softmax()
+
+    @property
+    def is_softplus(self) -> bool:
+        """Whether the generative form is the softplus one."""
+        return self.config.generative == "softplus"
+
+    def _build_softplus(self) -> None:
+        config = self.config
+        shared = (config.n_layers, config.n_hidden)
+        encoded = [config.n_labels, config.n_batch if config.encode_covariates else 0]
+        decoded = [config.n_labels, config.n_batch]
+        decoder_dropout = 0.0 if config.library == "log" else config.dropout_rate
+        self.z_encoder = Encoder(
+            config.n_input, config.n_latent, encoded, *shared, config.dropout_rate
+        )
+        self.decoder = FCLayers(config.n_latent, config.n_hidden, decoded, *shared, decoder_dropout)
+        output = nn.Linear(config.n_hidden, config.n_input)
+        self.px_decoder: nn.Module = nn.Sequential(output, nn.Softplus())
+
+    def _build_softmax(self) -> None:
+        config = self.config
+        shared = (config.n_layers, config.n_hidden, config.dropout_rate)
+        labels = [config.n_labels]
+        n_encoded = config.n_input + BATCH_DIMENSIONS * config.encode_covariates
+        n_decoded = config.n_latent + BATCH_DIMENSIONS
+        self._embeddings_dict = nn.ModuleDict(
+            {"batch": nn.Embedding(config.n_batch, BATCH_DIMENSIONS)}
+        )
+        self.z_encoder = Encoder(n_encoded, config.n_latent, labels, *shared)
+        self.decoder = FCLayers(n_decoded, config.n_hidden, labels, *shared)
+        self.px_decoder = nn.Linear(config.n_hidden, config.n_input)
+        self.per_ct_bias = nn.Parameter(torch.zeros(config.n_labels, config.n_input))
+        if config.prior == "mog":
+            shape = (config.n_labels, config.num_classes_mog)
+            self.prior_means = nn.Parameter(torch.randn(*shape, config.n_latent))
+            self.prior_log_std = nn.Parameter(torch.full((*shape, config.n_latent), -2.0))
+            self.prior_logits = nn.Parameter(torch.zeros(shape))
+        if config.n_fine_labels is not None:
+            self.linear_mapping = FCLayers(
+                *(config.n_latent, config.n_hidden, labels, 1, config.n_hidden, 0.0),
+                batch_norm=True,
+            )
+            head = nn.Sequential(nn.Linear(config.n_hidden, config.n_fine_labels))
+            self.classifier = nn.ModuleDict({"classifier": head})
+
+    @property
+    def output(self) -> nn.Linear:
+        """The decoder's last product, n_hidden to n_input."""
+        output = cast(nn.Sequential, self.px_decoder)[0] if self.is_softplus else self.px_decoder
+        return cast(nn.Linear, output)
+
+    def library_of(self, total: Tensor) -> Tensor:
+        """Return what scales px_scale: the total counts, or their logarithm in models of 2021.
+
+        Parameters
+        ----------
+        total : Tensor[n_cells, 1], total counts
+
+        Returns
+        -------
+        Tensor[n_cells, 1]
+        """
+        return torch.log(total.clamp_min(1)) if self.config.library == "log" else total
+
+    def mean_of_rate(self, rate: Tensor) -> Tensor:
+        """Return the expected counts of px_rate, Tensor[..., n_input] both."""
+        return rate * torch.exp(self.px_r) if self.is_softplus else rate
+
+    def reconstruction(
+        self, z: Tensor, x: CsrCounts, y: Tensor, batch_index: Tensor | None, factor: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the negative log-likelihood of sparse counts given z.
+
+        Parameters
+        ----------
+        z : Tensor[n_cells, n_latent]
+        x : CsrCounts
+            Raw counts of n_cells x n_input.
+        y, batch_index : Tensor[n_cells, 1]
+            Label and batch codes.
+        factor : Tensor[n_cells]
+            Weight of each cell in the sum.
+
+        Returns
+        -------
+        tuple of Tensor[] and Tensor[n_cells]
+            The weighted sum, and each cell's own without gradients.
+        """
+        h, weight = self._decoder_hidden(z, y, batch_index), self.output.weight
+        if not self.is_softplus and self.config.n_labels:
+            # The label's bias as one more product, so that the kernel need not know of labels.
+            one_hot = functional.one_hot(y.reshape(-1).long(), self.config.n_labels).to(h.dtype)
+            h = torch.cat((h, one_hot), dim=1)
+            weight = torch.cat((weight, self.per_ct_bias.T), dim=1)
+        return nb_reconstruction(
+            *(h, weight, self.output.bias, self.px_r, self.library_of(x.library()), x, factor),
+            generative=self.config.generative,
+        )
+
+    def kl(self, qz: Normal, y: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return each cell's divergence of qz from its prior.
+
+        Parameters
+        ----------
+        qz : Normal
+            Posterior of z, Tensor[n_cells, n_latent].
+        y : Tensor[n_cells, 1], label codes
+        noise : Tensor[MIXTURE_DRAWS, n_cells, n_latent], optional
+            Standard normal draws that a mixture prior needs; by default from torch's global
+            generator.
+
+        Returns
+        -------
+        Tensor[n_cells]
+        """
+        if self.config.prior == "normal":
+            return kl_to_standard_normal(qz)
+        label = y.reshape(-1).long()
+        components = self.prior_means[label], self.prior_log_std[label], self.prior_logits[label]
+        if noise is None:
+            noise = torch.randn((MIXTURE_DRAWS, *qz.loc.shape), device=qz.loc.device)
+        return kl_to_mixture(qz, *components, noise)
+
+    def classify(self, z: Tensor, label_index: Tensor) -> Tensor:
+        """Return the logits of the fine labels.
+
+        Parameters
+        ----------
+        z : Tensor[n_cells, n_latent]
+        label_index : Tensor[n_cells] or Tensor[n_cells, 1], label codes
+
+        Returns
+        -------
+        Tensor[n_cells, n_fine_labels]
+
+        Raises
+        ------
+        ModelError
+            If the model has no fine labels.
+        """
+        if self.config.n_fine_labels is None:
+            raise ModelError("this model has no fine labels", "train with n_fine_labels")
+        return self.classifier["classifier"](self.linear_mapping(z, label_index))
+
+    @torch.no_grad()
+    def init_from_counts(self, mean_fraction: Tensor) -> None:
+        """Start px_scale at each gene's mean fraction of a cell's counts.
+
+        Upstream starts at softplus(0) = 0.7 for every gene, an expected total of 0.7 * n_input
+        times the library, and spends its first epochs coming down from there.
+
+        Parameters
+        ----------
+        mean_fraction : Tensor[n_input]
+            Share of each gene in the counts of the training cells.
+        """
+        fraction = mean_fraction.double().clamp_min(SMALLEST_FRACTION)
+        self.output.bias.copy_(torch.log(torch.expm1(fraction) if self.is_softplus else fraction))
+
+    def _encoder_categories(
+        self, y: Tensor, batch_index: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        return (y, batch_index) if self.is_softplus else (y,)
+
+    def _encoded_batch(self, y: Tensor, batch_index: Tensor | None) -> Tensor | None:
+        """Return the batch as the softmax form's encoder reads it, None in the softplus form."""
+        if self.is_softplus or not self.config.encode_covariates:
+            return None
+        return self._batch_embedding(y, batch_index)
+
+    def _batch_embedding(self, y: Tensor, batch_index: Tensor | None) -> Tensor:
+        codes = torch.zeros_like(y) if batch_index is None else batch_index
+        return self._embeddings_dict["batch"](codes.reshape(-1).long())
+
+    def _decoder_hidden(self, z: Tensor, y: Tensor, batch_index: Tensor | None) -> Tensor:
+        if self.is_softplus:
+            return self.decoder(z, y, batch_index)
+        embedded = self._batch_embedding(y, batch_index).expand(*z.shape[:-1], -1)
+        return self.decoder(torch.cat((z, embedded), dim=-1), y)
+
+    def _px_scale(self, h: Tensor, y: Tensor) -> Tensor:
+        if self.is_softplus:
+            return self.px_decoder(h)
+        logits = self.px_decoder(h)
+        if self.config.n_labels:
+            logits = logits + self.per_ct_bias[y.reshape(-1).long()]
+        return torch.softmax(logits, dim=-1)
+
+    def _cell_weight(self, y: Tensor) -> Tensor:
+        if self.config.n_labels == 0:
+            return torch.ones(len(y), dtype=self.px_r.dtype, device=y.device)
+        return self.ct_weight[y.reshape(-1).long()]
+
+    def _counts(self, px_rate: Tensor) -> NegativeBinomial:
+        if self.is_softplus:
+            return NegativeBinomial(px_rate, self.px_r)
+        return NegativeBinomial.from_mean(px_rate, self.px_r)
