@@ -60,15 +60,16 @@ class UniqueNames:
         list of str
         """
         renamed = list(names)
-        repetition = self._repetition[start : start + len(renamed)]
-        for row in np.flatnonzero(repetition).tolist():
-            number = int(repetition[row])
-            while self._is_known(f"{names[row]}-{number}"):
-                number += self._period
-            renamed[row] = f"{names[row]}-{number}"
+        numbers = self._repetition[start : start + len(renamed)].copy()
+        pending = np.flatnonzero(numbers)
+        while len(pending):
+            for row in pending.tolist():
+                renamed[row] = f"{names[row]}-{numbers[row]}"
+            taken = self._are_known(name_hashes([renamed[row] for row in pending.tolist()]))
+            pending = pending[taken]
+            numbers[pending] += self._period
         return renamed
 
-    def _is_known(self, name: str) -> bool:
-        value = name_hashes([name])[0]
-        place = int(np.searchsorted(self._known, value))
-        return place < len(self._known) and bool(self._known[place] == value)
+    def _are_known(self, hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        places = np.searchsorted(self._known, hashes)
+        return self._known[np.minimum(places, len(self._known) - 1)] == hashes

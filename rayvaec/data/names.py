@@ -25,7 +25,7 @@ def listing(names: Iterable[str], limit: int = 10) -> str:
     if not every:
         return "none"
     shown = ", ".join(every[:limit])
-    return shown if len(every) <= limit else f"{shown} and {len(every) - limit} more"
+    return shown if len(every) <= limit else f"{shown} and {len(every) - limit:,} more"
 
 
 def choices(unknown: str, known: Sequence[str], limit: int = 10) -> str:

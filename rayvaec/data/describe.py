@@ -1,0 +1,87 @@
+"""A store in a few lines, for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rayvaec.data.manifest import Manifest
+from rayvaec.data.names import listing
+from rayvaec.data.store import Store
+
+
+def describe_store(store: Store) -> str:
+    """Describe a store: cells, genes, labels, batches, size, and where it comes from.
+
+    Parameters
+    ----------
+    store : Store
+        An opened store.
+
+    Returns
+    -------
+    str
+        Some ten lines.
+    """
+    manifest, registry = store.manifest, store.registry
+    rows = [
+        ("cells", _cells(manifest)),
+        ("genes", f"{registry.n_genes:,}: {listing(registry.genes, 3)}"),
+        ("counts", _counts(manifest)),
+        ("labels", _labels(manifest)),
+    ]
+    if registry.batch_key is not None:
+        batches = f"{registry.n_batches:,} in {registry.batch_key}: {listing(registry.batches)}"
+        rows.append(("batches", batches))
+    rows += [
+        ("on disk", _on_disk(store)),
+        ("written", f"{manifest.created} by rayvaec {manifest.rayvaec_version}"),
+    ]
+    rows += [("from", _source(source)) for source in manifest.sources[:10]]
+    if len(manifest.sources) > 10:
+        rows.append(("", f"and {len(manifest.sources) - 10:,} more"))
+    return "\n".join([f"store {store.path}", *(f"  {key:8} {text}" for key, text in rows)])
+
+
+def _cells(manifest: Manifest) -> str:
+    return (
+        f"{manifest.n_cells:,}: {manifest.n_train:,} for training, "
+        f"{manifest.n_cells - manifest.n_train:,} for validation, shuffled with seed "
+        f"{manifest.seed}"
+    )
+
+
+def _counts(manifest: Manifest) -> str:
+    entries = max(manifest.n_cells * manifest.registry.n_genes, 1)
+    return (
+        f"{manifest.total_counts:,}: {manifest.total_counts / max(manifest.n_cells, 1):,.0f} a "
+        f"cell, {1 - manifest.nnz / entries:.1%} zeros"
+    )
+
+
+def _labels(manifest: Manifest) -> str:
+    labels = zip(manifest.registry.labels, manifest.cells_per_label, strict=True)
+    named = listing(f"{label} ({n:,})" for label, n in labels)
+    return f"{manifest.registry.n_labels:,} in {manifest.registry.labels_key}: {named}"
+
+
+def _on_disk(store: Store) -> str:
+    n_bytes = sum(path.stat().st_size for path in store.path.rglob("*") if path.is_file())
+    n_partitions = len(store.manifest.partitions)
+    return (
+        f"{_size(n_bytes)} in {n_partitions:,} partition{'s' * (n_partitions > 1)}, "
+        f"{n_bytes / max(store.n_cells, 1):,.0f} bytes a cell"
+    )
+
+
+def _source(source: dict[str, Any]) -> str:
+    layer = f", layer {source['layer']}" if source.get("layer") else ""
+    size = f"{source['n_cells']:,} cells, {source['n_genes']:,} genes"
+    return f"{source['path']} ({size}{layer})"
+
+
+def _size(n_bytes: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.3g} TB"
