@@ -124,6 +124,7 @@ def _add_prepare(verbs: Verbs) -> None:
         metavar="intersect|union|FILE",
         help="what to do where inputs differ: shared genes, all genes, or those a file lists",
     )
+    verb.add_argument("--drop-empty", action="store_true", help="leave out cells without counts")
     verb.add_argument("--val-fraction", type=float, default=0.1, help="cells kept for validation")
     verb.add_argument("--seed", type=int, default=0, help="seed of the shuffle")
     verb.add_argument("--num-workers", type=int, default=1, help="Ray tasks that write partitions")
@@ -132,7 +133,8 @@ def _add_prepare(verbs: Verbs) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from rayvaec.data.build import PrepareConfig, describe_store, prepare
+    from rayvaec.data.build import PrepareConfig, prepare
+    from rayvaec.data.describe import describe_store
     from rayvaec.data.store import open_store
 
     config = PrepareConfig(
@@ -140,6 +142,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         batch_key=arguments.batch_key,
         layer=arguments.layer,
         genes=arguments.genes,
+        drop_empty=arguments.drop_empty,
         val_fraction=arguments.val_fraction,
         seed=arguments.seed,
         num_workers=arguments.num_workers,
@@ -160,7 +163,7 @@ def _add_inspect(verbs: Verbs) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     path: Path = arguments.path
     if (path / "zarr.json").exists():
-        from rayvaec.data.build import describe_store
+        from rayvaec.data.describe import describe_store
         from rayvaec.data.store import open_store
 
         store = open_store(path)

@@ -133,7 +133,7 @@ def simulate(
     return anndata.AnnData(sparse.csr_matrix(sparse.vstack(blocks, format="csr")), obs, var)
 
 
-def write_simulated(
+def write_atlas(
     out: Path,
     *,
     n_cells: int = 20_000,
