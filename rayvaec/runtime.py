@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,15 +27,20 @@ def usable_cpus() -> int:
 def require_token() -> None:
     """Put Ray under token authentication, with a fresh private token where none is set."""
     os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if os.environ["RAY_AUTH_MODE"] != "token":
-        return
-    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
-        return
-    folder = Path(tempfile.mkdtemp(prefix="rayvaec-"))  # created with mode 0700
-    token = folder / "token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
-    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    if os.environ["RAY_AUTH_MODE"] == "token" and not (
+        "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    ):
+        folder = Path(tempfile.mkdtemp(prefix="rayvaec-"))  # created with mode 0700
+        token = folder / "token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    if "ray" in sys.modules:
+        # Ray read these variables when it was imported; this is how its own code reads them again.
+        from ray._raylet import AuthenticationTokenLoader, Config
+
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
 
 
 def start_ray(num_cpus: int | None = None) -> bool:
@@ -111,15 +117,43 @@ def check_cpus(wanted: float, what: str) -> None:
     ConfigError
         If the connected Ray has fewer CPUs and cannot come to as many.
     """
-    import ray
-
-    available = ray.cluster_resources().get("CPU", 0.0)
-    available = max(available, float(os.environ.get("RAYVAEC_MAX_CPUS", "0")))
+    available = _available("CPU")
     if wanted > available:
         raise ConfigError(
             f"{what} need {wanted:g} CPUs and Ray has {available:g}",
             f"use --num-workers {max(int(available), 1)} or fewer, or a larger cluster",
         )
+
+
+def check_gpus(wanted: float, what: str) -> None:
+    """Refuse work that would wait for ever for GPUs; as `check_cpus`, with RAYVAEC_MAX_GPUS.
+
+    Parameters
+    ----------
+    wanted : float
+        GPUs needed at the same time.
+    what : str
+        Who needs them, for the message.
+
+    Raises
+    ------
+    ConfigError
+        If the connected Ray has fewer GPUs and cannot come to as many.
+    """
+    available = _available("GPU")
+    if wanted > available:
+        fewer = f"use --num-workers {int(available)} or fewer, or" if available >= 1 else "use"
+        raise ConfigError(
+            f"{what} need {wanted:g} GPUs and Ray has {available:g}",
+            f"{fewer} a larger cluster, or leave out --use-gpu",
+        )
+
+
+def _available(kind: str) -> float:
+    import ray
+
+    now = ray.cluster_resources().get(kind, 0.0)
+    return max(now, float(os.environ.get(f"RAYVAEC_MAX_{kind}S", "0")))
 
 
 def check_paths(inputs: Sequence[Path] = (), outputs: Sequence[Path] = ()) -> None:
