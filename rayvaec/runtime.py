@@ -37,7 +37,7 @@ def require_token() -> None:
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
     if "ray" in sys.modules:
         # Ray read these variables when it was imported; this is how its own code reads them again.
-        from ray._raylet import AuthenticationTokenLoader, Config
+        from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
         Config.initialize("")
         AuthenticationTokenLoader.instance().reset_cache()
