@@ -54,8 +54,9 @@ def as_counts(
         )
     if data.size == 0:
         return np.empty(0, np.int32)
-    # NaN makes both comparisons false, and within these bounds the cast is defined.
-    if data.min() >= 0 and data.max() <= LARGEST_COUNT:
+    # As Python's numbers: a float32 cannot tell the bound from 2**31. NaN makes this false, and
+    # within the bounds the cast is defined.
+    if data.min().item() >= 0 and data.max().item() <= LARGEST_COUNT:
         counts = data.astype(np.int32, copy=False)
         if data.dtype.kind in "bui" or np.array_equal(counts, data):
             return counts
