@@ -1,0 +1,347 @@
+"""A trained model over a whole store, as Ray tasks, into an AnnData in Zarr.
+
+Cells keep the store's order and names. The work is cut into regions; a finished region is recorded
+beside the output, a worker that dies is started again, and a command that was stopped goes on where
+it was when it is given again. What comes out does not depend on any of that.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+import rayvaec
+from rayvaec.data.names import listing
+from rayvaec.data.store import Store, open_store
+from rayvaec.errors import ConfigError, RayvaecError
+from rayvaec.files import check_free
+from rayvaec.infer.ledger import Ledger
+from rayvaec.infer.output import array_at, create_layer, create_output, shards_of
+from rayvaec.infer.quantities import (
+    Draws,
+    Elbo,
+    Expression,
+    Latent,
+    Moments,
+    Quantity,
+    check_reductions,
+)
+from rayvaec.infer.regions import RegionWorker, Work
+from rayvaec.infer.store_cells import StoreCells
+from rayvaec.infer.trained import TrainedModel, check_draws, load_model
+from rayvaec.progress import Progress
+from rayvaec.runtime import check_cpus, check_gpus, check_paths, ray_session
+
+logger = logging.getLogger("rayvaec")
+
+REGION_BYTES = 64 * 2**20
+MIN_REGION, MAX_REGION = 64, 16384
+RESTARTS = 3
+
+
+def sample_store(
+    model_path: str | Path,
+    store_path: str | Path,
+    out: str | Path,
+    n_samples: int,
+    *,
+    seed: int = 0,
+    reduce: tuple[str, ...] = (),
+    num_workers: int = 1,
+    use_gpu: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Draw from the posterior predictive distribution of every cell of a store.
+
+    Parameters
+    ----------
+    model_path, store_path : str or Path
+        A saved model, and a store that has the model's genes and labels.
+    out : str or Path
+        AnnData Zarr to write: layers ``sample_0``, ``sample_1``, ... of int32 counts, [n_cells,
+        n_genes] in CSR, equal to those of `TrainedModel.sample` on the same cells.
+    n_samples : int
+        Draws a cell, at least 1.
+    seed : int
+        Seed of all draws.
+    reduce : tuple of str
+        Which of ``mean``, ``var`` and ``zero_fraction`` over the draws to write, float32, as layers
+        of these names, instead of the draws.
+    num_workers : int
+        Ray actors, one CPU each.
+    use_gpu : bool
+        Whether each of them gets a GPU as well.
+    overwrite : bool
+        Whether an existing output may be replaced.
+
+    Raises
+    ------
+    ConfigError
+        If an option is out of range, or Ray has fewer CPUs or GPUs than the workers need.
+    StoreError
+        If there is no such store, or `out` exists.
+    ModelError
+        If there is no such model, or it does not fit the store.
+    RayvaecError
+        If the work failed; finished regions are kept for a rerun.
+    """
+    check_draws(n_samples, seed)
+    check_reductions(reduce)
+    quantity = Moments(n_samples, seed, reduce) if reduce else Draws(n_samples, seed)
+    _run(quantity, model_path, store_path, out, num_workers, use_gpu, overwrite)
+
+
+def embed_store(
+    model_path: str | Path,
+    store_path: str | Path,
+    out: str | Path,
+    *,
+    num_workers: int = 1,
+    use_gpu: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Write mean and variance of every cell's latent variables.
+
+    Parameters and errors as in `sample_store`; the output has ``obsm["X_rayvaec"]`` and
+    ``obsm["X_rayvaec_var"]``, [n_cells, n_latent], float32.
+    """
+    _run(Latent(), model_path, store_path, out, num_workers, use_gpu, overwrite)
+
+
+def expression_store(
+    model_path: str | Path,
+    store_path: str | Path,
+    out: str | Path,
+    *,
+    num_workers: int = 1,
+    use_gpu: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Write every cell's denoised expression.
+
+    Parameters and errors as in `sample_store`; the output has ``layers["expression"]``, [n_cells,
+    n_genes], float32, whose rows sum to 1.
+    """
+    _run(Expression(), model_path, store_path, out, num_workers, use_gpu, overwrite)
+
+
+def elbo_store(
+    model_path: str | Path,
+    store_path: str | Path,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    num_workers: int = 1,
+    use_gpu: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Write every cell's evidence lower bound.
+
+    Parameters and errors as in `sample_store`; the output has ``obs["elbo"]``, in nats.
+    """
+    check_draws(1, seed)
+    _run(Elbo(seed), model_path, store_path, out, num_workers, use_gpu, overwrite)
+
+
+def _run(
+    quantity: Quantity | Draws,
+    model_path: str | Path,
+    store_path: str | Path,
+    out: str | Path,
+    num_workers: int,
+    use_gpu: bool,
+    overwrite: bool,
+) -> None:
+    if num_workers < 1:
+        raise ConfigError(f"num_workers={num_workers} does nothing", "give a whole number >= 1")
+    out = Path(out)
+    check_free(out, overwrite)
+    model, store = load_model(model_path), open_store(store_path)
+    cells = StoreCells(store, model.registry)
+    if cells.extra_genes:
+        logger.info(
+            "%d genes of the store are not in the model and are left out: %s",
+            *(len(cells.extra_genes), listing(cells.extra_genes)),
+        )
+    with ray_session():
+        check_cpus(num_workers, f"{num_workers} workers")
+        check_gpus(num_workers * use_gpu, f"{num_workers} workers")
+        check_paths([Path(model_path), Path(store_path)], [out])
+        region = _region_rows(quantity, model, store)
+        ledger = _begin(quantity, model, store, out.absolute(), region, use_gpu)
+        work = Work(
+            *(os.path.abspath(model_path), str(store.path), model.hash, store.hash, quantity),
+            *(str(ledger.output), str(ledger.parts), region, _device(use_gpu)),
+        )
+        try:
+            with _workers(work, num_workers, use_gpu) as workers:
+                _fill(workers, work, ledger, store.n_cells, model.registry.n_genes)
+        except Exception as error:
+            raise _explained(error, ledger.folder) from error
+        ledger.publish()
+
+
+def _begin(
+    quantity: Quantity | Draws,
+    model: TrainedModel,
+    store: Store,
+    out: Path,
+    region: int,
+    use_gpu: bool,
+) -> Ledger:
+    """Open the folder of unfinished work; create the output in it unless it is there."""
+    options = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in vars(quantity).items()
+    }
+    plan = {
+        "quantity": type(quantity).__name__.lower(),
+        **options,
+        "model": model.hash,
+        "store": store.hash,
+        "rayvaec_version": rayvaec.__version__,
+        "device": _device(use_gpu),
+        "region": region,
+    }
+    ledger = Ledger(out, plan)
+    if not ledger.goes_on:
+        widths = {} if isinstance(quantity, Draws) else quantity.widths(model.module)
+        create_output(
+            *(ledger.output, store.registry, model.registry.genes, widths, store.n_cells, region),
+            plan,
+        )
+        ledger.begin()
+    return ledger
+
+
+def _device(use_gpu: bool) -> str:
+    return "cuda" if use_gpu else "cpu"
+
+
+def _explained(error: Exception, kept: Path) -> Exception:
+    """Return what went wrong in a worker as the error that the user should see."""
+    from ray.exceptions import RayActorError, RayTaskError
+
+    again = f"finished regions are kept in {kept}: give the same command again to go on"
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, RayvaecError):
+        return cause
+    if isinstance(cause, RayActorError):
+        return RayvaecError(f"a worker died more than {RESTARTS} times ({cause})", again)
+    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RayvaecError(f"no space is left for the output ({cause})", f"free some; {again}")
+    return RayvaecError(f"bulk work failed: {type(cause).__name__}: {cause}", again)
+
+
+def _region_rows(quantity: Quantity | Draws, model: TrainedModel, store: Store) -> int:
+    """Return how many cells' results take about REGION_BYTES, as a power of two."""
+    if isinstance(quantity, Draws):
+        nnz = store.manifest.nnz / max(store.n_cells, 1)
+        a_cell = quantity.n_samples * nnz * 16  # an index and a count, as drawn and as kept
+    else:
+        a_cell = sum(width.nbytes for width in quantity.widths(model.module).values())
+    rows = 2 ** int(np.log2(max(REGION_BYTES / max(a_cell, 1), 1)))
+    return int(np.clip(rows, MIN_REGION, MAX_REGION))
+
+
+@contextmanager
+def _workers(work: Work, num_workers: int, use_gpu: bool) -> Iterator[list[Any]]:
+    """Start the actors; a dead one is started again, and its task with it."""
+    import ray
+
+    remote: Any = ray.remote(RegionWorker).options(
+        num_cpus=1, num_gpus=int(use_gpu), max_restarts=RESTARTS, max_task_retries=RESTARTS
+    )
+    workers: list[Any] = [remote.remote(work) for _ in range(num_workers)]
+    try:
+        yield workers
+    finally:
+        for worker in workers:
+            ray.kill(worker)
+
+
+def _fill(workers: list[Any], work: Work, ledger: Ledger, n_cells: int, n_genes: int) -> None:
+    starts = range(0, n_cells, work.region)
+    calls = {number: ("region", (number,)) for number in range(len(starts))}
+    sizes = {number: min(work.region, n_cells - start) for number, start in enumerate(starts)}
+    records = _stage(workers, ledger, "regions", calls, sizes, "cells")
+    if not isinstance(work.quantity, Draws):
+        return
+    nnz = np.array([records[number]["nnz"] for number in calls], np.int64)
+    root = zarr.open_group(work.output, mode="r+", use_consolidated=False)
+    if not ledger.finished("layers", [0]):
+        for sample, values in enumerate(nnz.sum(axis=0).tolist()):
+            create_layer(root, f"sample_{sample}", n_cells, n_genes, values, work.region)
+        ledger.finish("layers", 0, {})
+    _assemble(workers, ledger, root, nnz)
+
+
+def _assemble(workers: list[Any], ledger: Ledger, root: zarr.Group, nnz: np.ndarray) -> None:
+    """Move what was drawn from the regions' parts to the layers' files."""
+    import ray
+
+    reference = ray.put(nnz)
+    calls: dict[int, tuple[str, tuple[Any, ...]]] = {}
+    sizes: dict[int, int] = {}
+    for sample in range(nnz.shape[1]):
+        for method, key in (("values", "data"), ("pointers", "indptr")):
+            for span in shards_of(array_at(root, f"layers/sample_{sample}/{key}")):
+                calls[len(calls)] = (method, (sample, span, reference))
+                sizes[len(sizes)] = span[1] - span[0] if method == "values" else 0
+    _stage(workers, ledger, "files", calls, sizes, "values")
+
+
+def _stage(
+    workers: list[Any],
+    ledger: Ledger,
+    stage: str,
+    calls: Mapping[int, tuple[str, tuple[Any, ...]]],
+    sizes: Mapping[int, int],
+    unit: str,
+) -> dict[int, Any]:
+    """Have the workers make those of the calls that are not recorded; return all records."""
+    records = ledger.finished(stage, calls)
+    missing = {item: call for item, call in calls.items() if item not in records}
+    if records:
+        logger.info("%d of %d %s are finished already", len(records), len(calls), stage)
+    with Progress(sum(sizes[item] for item in missing), unit, f"{stage} of {ledger.out}") as bar:
+        for item, record in _results(workers, missing):
+            ledger.finish(stage, item, record)
+            records[item] = record
+            bar.advance(sizes[item])
+    return records
+
+
+def _results(
+    workers: list[Any], calls: Mapping[int, tuple[str, tuple[Any, ...]]]
+) -> Iterator[tuple[int, Any]]:
+    """Yield items and results as they come; after an error, those under way and then the error."""
+    import ray
+
+    waiting, idle = list(calls.items())[::-1], list(workers)
+    running: dict[Any, tuple[int, Any]] = {}
+    failure: Exception | None = None
+    while running or (waiting and failure is None):
+        while idle and waiting and failure is None:
+            item, (method, arguments) = waiting.pop()
+            worker = idle.pop()
+            running[getattr(worker, method).remote(*arguments)] = item, worker
+        (done,), _ = ray.wait(list(running), num_returns=1)
+        item, worker = running.pop(done)
+        idle.append(worker)
+        try:
+            result = ray.get(done)
+        except ray.exceptions.RayError as error:
+            failure = failure or error
+        else:
+            yield item, result
+    if failure is not None:
+        raise failure

@@ -1,0 +1,114 @@
+"""A store's cells, as a model sees them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+
+from rayvaec.data.align import align_columns
+from rayvaec.data.names import choices, listing
+from rayvaec.data.registry import Registry, inverse
+from rayvaec.data.store import Rows, Store
+from rayvaec.errors import ModelError
+from rayvaec.infer.posterior import Cells
+from rayvaec.kernels.keys import cell_keys
+
+logger = logging.getLogger("rayvaec")
+
+
+class StoreCells:
+    """Reads a store in a model's gene order and codes.
+
+    The store must have every gene of the model, in any order; genes beyond those are left out.
+    Labels and batches are matched by name.
+
+    Parameters
+    ----------
+    store : Store
+        Where the cells lie.
+    registry : Registry
+        The model's genes, labels and batches.
+
+    Raises
+    ------
+    ModelError
+        If the store lacks genes, or has labels or batches that the model does not know; they are
+        listed.
+    """
+
+    def __init__(self, store: Store, registry: Registry) -> None:
+        self._store, self._n_genes = store, registry.n_genes
+        own = store.registry
+        genes = registry.align_genes(own.genes)
+        if genes.missing:
+            raise ModelError(
+                f"the store {store.path} lacks {len(genes.missing)} of the model's "
+                f"{registry.n_genes} genes: {listing(genes.missing)}",
+                "prepare it again with --genes FILE that lists the model's genes",
+            )
+        self.extra_genes = genes.extra
+        self._columns = inverse(genes.columns, own.n_genes)
+        self._labels = _matched(own.labels, registry.labels, "label", store)
+        self._batches = None
+        if registry.batch_key is not None:
+            if own.batch_key is None:
+                raise ModelError(
+                    f"the model has batches ({registry.batch_key}) and the store {store.path} has "
+                    "none",
+                    "prepare it again with --batch-key",
+                )
+            self._batches = _matched(own.batches, registry.batches, "batch", store)
+
+    def read(self, start: int, stop: int) -> tuple[Rows, list[str], Cells]:
+        """Read consecutive cells.
+
+        Parameters
+        ----------
+        start, stop : int
+            Rows of the store.
+
+        Returns
+        -------
+        tuple of Rows, list of str and Cells
+            What the store holds, the names of the cells, and what the model sees of them.
+        """
+        rows = self._store.read(start, stop)
+        names = self._store.obs_names(start, stop)
+        x = csr_array(
+            (rows.counts.astype(np.int32), rows.indices.astype(np.int32), rows.indptr),
+            shape=(len(rows), len(self._columns)),
+        )
+        x = align_columns(x, self._columns, self._n_genes)
+        batches = None
+        if self._batches is not None and rows.batches is not None:
+            batches = self._batches[rows.batches]
+        cells = Cells(
+            indptr=x.indptr.astype(np.int64),
+            indices=x.indices,
+            counts=x.data,
+            labels=self._labels[rows.labels],
+            batches=batches,
+            keys=cell_keys(names),
+        )
+        return rows, names, cells
+
+
+def _matched(
+    own: Sequence[str], known: Sequence[str], what: str, store: Store
+) -> NDArray[np.int64]:
+    """Return the model's code of each of the store's names."""
+    code = {name: position for position, name in enumerate(known)}
+    unknown = [name for name in own if name not in code]
+    # A model without labels takes every cell for one of the same kind.
+    if unknown and known:
+        plural = {"label": "labels", "batch": "batches"}[what]
+        raise ModelError(
+            f"the store {store.path} has {len(unknown)} {plural} that the model does not know: "
+            f"{listing(unknown)}",
+            f"the model knows {choices(unknown[0], known)}",
+        )
+    return np.array([code.get(name, 0) for name in own], np.int64)

@@ -1,0 +1,324 @@
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+
+from rayvaec.data.build import PrepareConfig, prepare
+from rayvaec.data.simulate import simulate
+from rayvaec.data.store import open_store
+from rayvaec.errors import ConfigError, ModelError, RayvaecError, StoreError
+from rayvaec.infer import bulk, regions
+from rayvaec.infer.trained import TrainedModel, load_model
+from rayvaec.model.saved import save_model
+from rayvaec.model.vaec import VAEC
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local", "small_regions")]
+
+
+@pytest.fixture
+def small_regions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several regions, and several files a layer, in a store of 1,200 cells."""
+    monkeypatch.setattr(bulk, "MAX_REGION", 256)
+    monkeypatch.setattr("rayvaec.infer.output.VALUES_PER_CHUNK", 512)
+    monkeypatch.setattr("rayvaec.infer.output.CHUNKS_PER_SHARD", 4)
+    monkeypatch.setattr("rayvaec.infer.output.REGIONS_PER_POINTER_SHARD", 2)
+
+
+@pytest.fixture(scope="module")
+def model(model_path: Path) -> TrainedModel:
+    return load_model(model_path)
+
+
+@pytest.fixture(scope="module")
+def in_memory(store_path: Path) -> anndata.AnnData:
+    """The store's cells in its order, as one AnnData."""
+    parts = [anndata.read_zarr(part) for part in sorted(store_path.glob("dataset_*"))]
+    adata = anndata.concat(parts)
+    adata.X = sp.csr_matrix(adata.X).astype(np.int32)
+    return adata
+
+
+def _same_cells(found: anndata.AnnData, expected: anndata.AnnData) -> None:
+    assert found.X is None
+    assert list(found.obs_names) == list(expected.obs_names)
+    assert list(found.var_names) == list(expected.var_names)
+    assert list(found.obs["cell_type"]) == list(expected.obs["cell_type"])
+
+
+def test_draws_are_those_of_the_model_in_memory(
+    model_path: Path,
+    store_path: Path,
+    model: TrainedModel,
+    in_memory: anndata.AnnData,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out.zarr"
+    bulk.sample_store(model_path, store_path, out, 3, seed=5, num_workers=2)
+    found = anndata.read_zarr(out)
+    _same_cells(found, in_memory)
+    assert set(found.layers) == {"sample_0", "sample_1", "sample_2"}
+    expected = model.sample(in_memory, 3, seed=5, sparse=True)
+    for sample in range(3):
+        layer = found.layers[f"sample_{sample}"]
+        assert layer.dtype == np.int32
+        layer.check_format(full_check=True)
+        assert layer.nnz == expected[sample].nnz > 0
+        np.testing.assert_array_equal(layer.toarray(), expected[sample].toarray())
+    assert '"seed": 5' in found.uns["rayvaec"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.zarr"]
+
+
+def test_many_samples_are_drawn_in_windows(
+    model_path: Path, store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rayvaec.infer import quantities
+
+    module = load_model(model_path).module
+    cells = regions.StoreCells(open_store(store_path), load_model(model_path).registry)
+    _, _, some = cells.read(0, 70)
+    whole = quantities.draw_sample_major(module, some, 7, seed=1)
+    monkeypatch.setattr(quantities, "_SAMPLES_PER_CALL", 3)
+    monkeypatch.setattr(quantities, "_ROWS_PER_CALL", 64)
+    windows = quantities.draw_sample_major(module, some, 7, seed=1)
+    for left, right in zip(whole, windows, strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_reductions_are_moments_of_the_draws(
+    model_path: Path,
+    store_path: Path,
+    model: TrainedModel,
+    in_memory: anndata.AnnData,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out.zarr"
+    reduce = ("mean", "var", "zero_fraction")
+    bulk.sample_store(model_path, store_path, out, 6, seed=2, reduce=reduce, num_workers=2)
+    found = anndata.read_zarr(out)
+    _same_cells(found, in_memory)
+    assert set(found.layers) == set(reduce)
+    draws = np.asarray(model.sample(in_memory, 6, seed=2))
+    np.testing.assert_allclose(found.layers["mean"], draws.mean(2), rtol=1e-6)
+    np.testing.assert_allclose(found.layers["var"], draws.var(2), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.layers["zero_fraction"], (draws == 0).mean(2), rtol=1e-6)
+
+
+def test_latent_expression_and_elbo_are_those_of_the_model_in_memory(
+    model_path: Path,
+    store_path: Path,
+    model: TrainedModel,
+    in_memory: anndata.AnnData,
+    tmp_path: Path,
+) -> None:
+    bulk.embed_store(model_path, store_path, tmp_path / "latent.zarr")
+    found = anndata.read_zarr(tmp_path / "latent.zarr")
+    _same_cells(found, in_memory)
+    mean, variance = model.latent(in_memory, return_dist=True)
+    np.testing.assert_array_equal(found.obsm["X_rayvaec"], mean)
+    np.testing.assert_array_equal(found.obsm["X_rayvaec_var"], variance)
+
+    bulk.expression_store(model_path, store_path, tmp_path / "expression.zarr", num_workers=2)
+    found = anndata.read_zarr(tmp_path / "expression.zarr")
+    np.testing.assert_array_equal(found.layers["expression"], model.expression(in_memory))
+
+    bulk.elbo_store(model_path, store_path, tmp_path / "elbo.zarr", seed=3)
+    found = anndata.read_zarr(tmp_path / "elbo.zarr")
+    assert list(found.obs.columns) == ["cell_type", "elbo"]
+    np.testing.assert_array_equal(found.obs["elbo"], model.elbo(in_memory, seed=3))
+
+
+class _DiesOnce(regions.RegionWorker):
+    """Kills its own process in the middle of a region and in the middle of a layer, once each."""
+
+    def region(self, number: int) -> dict:
+        record = super().region(number)
+        self._die_once("region", number == 1)
+        return record
+
+    def values(self, sample: int, span: tuple[int, int], nnz: np.ndarray) -> dict:
+        self._die_once("values", span[0] > 0)
+        return super().values(sample, span, nnz)
+
+    def _die_once(self, what: str, now: bool) -> None:
+        mark = Path(self._work.parts).parents[1] / f"died in {what}"
+        if now and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_killed_workers_leave_no_row_out_and_none_double(
+    model_path: Path, store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bulk.sample_store(model_path, store_path, tmp_path / "calm.zarr", 2)
+    monkeypatch.setattr(bulk, "RegionWorker", _DiesOnce)
+    bulk.sample_store(model_path, store_path, tmp_path / "killed.zarr", 2, num_workers=2)
+    assert (tmp_path / "died in region").exists()
+    assert (tmp_path / "died in values").exists()
+    assert _files(tmp_path / "killed.zarr") == _files(tmp_path / "calm.zarr")
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+class _FailsAt(regions.RegionWorker):
+    """Fails at one region, and counts the regions that it was asked for."""
+
+    def region(self, number: int) -> dict:
+        parts = Path(self._work.parts)
+        if number == 3 and not (parts.parents[1] / "mended").exists():
+            raise OSError(28, "No space left on device")
+        (parts.parents[1] / f"computed {number}").touch()
+        return super().region(number)
+
+
+def test_a_rerun_does_what_is_missing(
+    model_path: Path, store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bulk.sample_store(model_path, store_path, tmp_path / "calm.zarr", 2)
+    monkeypatch.setattr(bulk, "RegionWorker", _FailsAt)
+    out = tmp_path / "out.zarr"
+    with pytest.raises(RayvaecError, match=r"no space .* finished regions are kept in"):
+        bulk.sample_store(model_path, store_path, out, 2)
+    assert not out.exists()
+    computed = {path for path in tmp_path.glob("computed *")}
+    assert {path.name for path in computed} == {"computed 0", "computed 1", "computed 2"}
+    for path in computed:
+        path.unlink()
+    (tmp_path / "mended").touch()
+    bulk.sample_store(model_path, store_path, out, 2)
+    again = {path.name for path in tmp_path.glob("computed *")}
+    assert again == {"computed 3", "computed 4"}
+    assert _files(out) == _files(tmp_path / "calm.zarr")
+    assert not (tmp_path / "out.zarr.partial").exists()
+
+
+def test_unfinished_work_of_other_arguments_is_not_gone_on_with(
+    model_path: Path, store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.zarr"
+    with monkeypatch.context() as patch:
+        patch.setattr(bulk, "RegionWorker", _FailsAt)
+        with pytest.raises(RayvaecError, match="no space"):
+            bulk.sample_store(model_path, store_path, out, 2)
+    bulk.sample_store(model_path, store_path, out, 2, seed=1)
+    bulk.sample_store(model_path, store_path, tmp_path / "calm.zarr", 2, seed=1)
+    assert _files(out) == _files(tmp_path / "calm.zarr")
+
+
+def test_an_output_is_replaced_only_when_that_is_asked_for(
+    model_path: Path, store_path: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.zarr"
+    out.mkdir()
+    (out / "precious").touch()
+    with pytest.raises(StoreError, match="exists already"):
+        bulk.embed_store(model_path, store_path, out)
+    assert (out / "precious").exists()
+    bulk.embed_store(model_path, store_path, out, overwrite=True)
+    assert anndata.read_zarr(out).n_obs == 1200
+
+
+def _save(path: Path, genes: list[str], labels: list[str]) -> Path:
+    registry = {"genes": genes, "labels": labels, "labels_key": "x"}
+    registry |= {"batches": [], "batch_key": None}
+    torch.manual_seed(0)
+    save_model(path, VAEC(len(genes), len(labels), n_hidden=8), registry, {})
+    return path
+
+
+def test_genes_are_matched_by_name(
+    model_path: Path, store_path: Path, in_memory: anndata.AnnData, tmp_path: Path
+) -> None:
+    registry = open_store(store_path).registry
+    genes = list(registry.genes)[100:40:-1]
+    path = _save(tmp_path / "model", genes, list(registry.labels))
+    bulk.sample_store(path, store_path, tmp_path / "out.zarr", 1)
+    found = anndata.read_zarr(tmp_path / "out.zarr")
+    expected = load_model(path).sample(in_memory, 1, labels_key="cell_type", sparse=True)[0]
+    assert list(found.var_names) == genes
+    np.testing.assert_array_equal(found.layers["sample_0"].toarray(), expected.toarray())
+
+
+def test_a_model_that_does_not_fit_is_refused(store_path: Path, tmp_path: Path) -> None:
+    registry = open_store(store_path).registry
+    genes, labels = list(registry.genes), list(registry.labels)
+    other = _save(tmp_path / "genes", [*genes, "NOT_THERE"], labels)
+    with pytest.raises(ModelError, match="lacks 1 of the model's 121 genes: NOT_THERE"):
+        bulk.embed_store(other, store_path, tmp_path / "out.zarr")
+    other = _save(tmp_path / "labels", genes, labels[1:])
+    with pytest.raises(ModelError, match=rf"1 labels that the model does not know: {labels[0]};"):
+        bulk.embed_store(other, store_path, tmp_path / "out.zarr")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_batches_go_with_the_cells(tmp_path: Path) -> None:
+    simulate(n_cells=300, n_genes=40, n_labels=2, seed=1).write_h5ad(tmp_path / "a.h5ad")
+    config = PrepareConfig(labels_key="cell_type", batch_key="batch")
+    prepare([tmp_path / "a.h5ad"], tmp_path / "store", config)
+    registry = open_store(tmp_path / "store").registry
+    torch.manual_seed(0)
+    module = VAEC(40, 2, n_hidden=8, n_batch=registry.n_batches)
+    save_model(tmp_path / "model", module, registry.to_json(), {})
+    bulk.embed_store(tmp_path / "model", tmp_path / "store", tmp_path / "out.zarr")
+    found = anndata.read_zarr(tmp_path / "out.zarr")
+    source = anndata.read_h5ad(tmp_path / "a.h5ad")[found.obs_names]
+    assert list(found.obs["batch"]) == list(source.obs["batch"])
+    assert list(found.obs["cell_type"]) == list(source.obs["cell_type"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_samples": 0}, "n_samples=0"),
+        ({"n_samples": 1, "seed": -1}, "seed=-1"),
+        ({"n_samples": 1, "reduce": ("median",)}, r"'median'; choose from mean, var"),
+        ({"n_samples": 1, "reduce": ("mean", "mean")}, "given twice"),
+        ({"n_samples": 1, "num_workers": 0}, "num_workers=0"),
+        ({"n_samples": 1, "num_workers": 99}, "99 workers need 99 CPUs and Ray has 2"),
+        ({"n_samples": 1, "use_gpu": True}, "1 workers need 1 GPUs"),
+    ],
+)
+def test_options_out_of_range_are_refused_and_leave_nothing(
+    model_path: Path, store_path: Path, tmp_path: Path, options: dict, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bulk.sample_store(model_path, store_path, tmp_path / "out.zarr", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_model_or_no_store_is_refused(
+    model_path: Path, store_path: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError):
+        bulk.embed_store(store_path, store_path, tmp_path / "out.zarr")
+    with pytest.raises(StoreError):
+        bulk.embed_store(model_path, model_path, tmp_path / "out.zarr")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_store_that_changed_meanwhile_is_noticed(
+    model_path: Path, store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Other(regions.RegionWorker):
+        def region(self, number: int) -> dict:
+            object.__setattr__(self._work, "store_hash", "0" * 64)
+            return super().region(number)
+
+    monkeypatch.setattr(bulk, "RegionWorker", Other)
+    copy = tmp_path / "store"
+    shutil.copytree(store_path, copy)
+    with pytest.raises(RayvaecError, match="another store at"):
+        bulk.embed_store(model_path, copy, tmp_path / "out.zarr")
