@@ -293,8 +293,6 @@ def _check_shape(raw: RawCells) -> int:
             "each cell's end must not be below its beginning",
             *(422, RAGGED),
         )
-    if len(indptr) == 1:
-        raise RequestError("the request has no cells", "send at least one", 422, "invalid_request")
     return len(indptr) - 1
 
 

@@ -70,8 +70,10 @@ def check_cost(n_cells: int, n_genes: int, n_samples: int, limits: Limits, json:
     Raises
     ------
     RequestError
-        413; it names the largest size that is allowed.
+        413; it names the largest size that is allowed. 422 where there are no cells.
     """
+    if n_cells < 1:
+        raise RequestError("the request has no cells", "send at least one", 422, "no_cells")
     if n_cells > limits.max_cells:
         raise RequestError(
             f"{n_cells:,} cells are above the largest number a request, {limits.max_cells:,}",

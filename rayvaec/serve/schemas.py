@@ -23,6 +23,15 @@ Value = Annotated[float, Field(strict=True)]
 Text = Annotated[str, Field(strict=True)]
 Seed = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
 Reduction = Literal["mean", "var", "zero_fraction"]
+NSamples = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
+OneOrMore = Annotated[
+    list[Value],
+    BeforeValidator(
+        lambda value: [value] if type(value) in (int, float) else value,
+        json_schema_input_type=float | list[float],
+    ),
+]
+OUT_GENES = Field(None, min_length=1, description="Names of the genes to return, in this order")
 
 
 class _Strict(BaseModel):
@@ -51,7 +60,43 @@ class Counts(_Strict):
         return self
 
 
-class _Request(_Strict):
+class CellsParameters(_Strict):
+    """What a request says about its cells as a whole."""
+
+    genes: list[Text] | None = Field(
+        None, description="Names of the columns; without them, the columns are the model's genes"
+    )
+    allow_missing: Annotated[bool, Field(strict=True)] = Field(
+        False, description="Whether genes of the model that `genes` lacks count as zero"
+    )
+
+
+class DrawParameters(_Strict):
+    """What a request says about its draws."""
+
+    n_samples: NSamples = Field(1, description="Draws a cell")
+    seed: Seed | None = Field(
+        None, description="Seed of all draws; a random one, reported in the answer, by default"
+    )
+    reduce: list[Reduction] | None = Field(
+        None, min_length=1, description="Return these moments of the draws instead of the draws"
+    )
+    out_genes: list[Text] | None = OUT_GENES
+
+
+class SampleParameters(CellsParameters, DrawParameters):
+    """Parameters of /v1/sample; as JSON beside the cells, in Arrow in the schema's metadata."""
+
+    n_samples: NSamples = Field(description="Draws a cell")
+
+
+class ExpressionParameters(CellsParameters):
+    """Parameters of /v1/expression."""
+
+    out_genes: list[Text] | None = OUT_GENES
+
+
+class _PerCell(_Strict):
     cell_ids: list[Text] | None = Field(
         None,
         description="Names of the cells: a cell's random numbers are keyed by its name, so the "
@@ -63,15 +108,11 @@ class _Request(_Strict):
     )
 
 
-class _CellsRequest(_Request):
+class CellsRequest(_PerCell):
+    """Given cells."""
+
     cells: Counts
-    genes: list[Text] | None = Field(
-        None, description="Names of the columns; without them, the columns are the model's genes"
-    )
     labels: list[Text] = Field(description="Cell type of each cell")
-    allow_missing: Annotated[bool, Field(strict=True)] = Field(
-        False, description="Whether genes of the model that `genes` lacks count as zero"
-    )
 
     @model_validator(mode="before")
     @classmethod
@@ -83,61 +124,36 @@ class _CellsRequest(_Request):
         return value
 
 
-class _DrawOptions(_Strict):
-    seed: Seed | None = Field(
-        None, description="Seed of all draws; a random one, reported in the answer, by default"
-    )
-    reduce: list[Reduction] | None = Field(
-        None, min_length=1, description="Return these moments of the draws instead of the draws"
-    )
-    out_genes: list[Text] | None = Field(
-        None, min_length=1, description="Names of the genes to return, in this order"
-    )
-
-
-OneOrMore = Annotated[
-    list[Value],
-    BeforeValidator(
-        lambda value: [value] if type(value) in (int, float) else value,
-        json_schema_input_type=float | list[float],
-    ),
-]
-NSamples = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
-
-_CELLS_EXAMPLE = {
+_CELLS_EXAMPLE: dict[str, Any] = {
     "cells": {"indptr": [0, 2, 3], "indices": [0, 1, 1], "counts": [5, 1, 2]},
     "labels": ["T cell", "B cell"],
     "cell_ids": ["AAACATAC-1", "AAACATTG-1"],
 }
 
 
-class SampleRequest(_CellsRequest, _DrawOptions):
+def _example(**fields: Any) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"examples": [fields]})
+
+
+class SampleRequest(CellsRequest, SampleParameters):
     """Posterior-predictive draws of given cells."""
 
-    n_samples: NSamples = Field(description="Draws a cell")
-
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{**_CELLS_EXAMPLE, "n_samples": 10, "seed": 0}]}
-    )
+    model_config = _example(**_CELLS_EXAMPLE, n_samples=10, seed=0)
 
 
-class LatentRequest(_CellsRequest):
+class LatentRequest(CellsRequest, CellsParameters):
     """Mean and variance of q(z | x, y) of given cells."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [_CELLS_EXAMPLE]})
+    model_config = _example(**_CELLS_EXAMPLE)
 
 
-class ExpressionRequest(_CellsRequest):
+class ExpressionRequest(CellsRequest, ExpressionParameters):
     """Denoised expression of given cells."""
 
-    out_genes: list[Text] | None = Field(
-        None, min_length=1, description="Names of the genes to return, in this order"
-    )
-
-    model_config = ConfigDict(json_schema_extra={"examples": [_CELLS_EXAMPLE]})
+    model_config = _example(**_CELLS_EXAMPLE)
 
 
-class GenerateRequest(_Request, _DrawOptions):
+class GenerateRequest(_PerCell, DrawParameters):
     """New cells from the prior: ``label`` and ``n_cells``, or ``labels``, one per cell."""
 
     label: Text | None = Field(None, description="Cell type of all cells")
@@ -148,13 +164,8 @@ class GenerateRequest(_Request, _DrawOptions):
     library: OneOrMore = Field(
         description="Total counts a cell is expected to have: one number, or one per cell"
     )
-    n_samples: NSamples = Field(1, description="Draws a cell")
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"label": "T cell", "n_cells": 2, "library": 3000, "seed": 0}]
-        }
-    )
+    model_config = _example(label="T cell", n_cells=2, library=3000, seed=0)
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:

@@ -1,0 +1,176 @@
+"""A loaded model at work: reads requests, runs their jobs, gives answers. Knows no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+import rayvaec
+from rayvaec.infer.posterior import Cells
+from rayvaec.infer.trained import TrainedModel
+from rayvaec.serve.limits import Limits
+from rayvaec.serve.merge import Merger
+from rayvaec.serve.requests import Body, Reader
+from rayvaec.serve.tasks import Task
+from rayvaec.serve.wire import END_OF_STREAM, stream_start
+from rayvaec.serve.work import Job, run_jobs
+
+MERGED_ROWS = 8192
+"""Most rows (a cell's draw each) that are computed in one go."""
+
+_READERS = 2
+_JOBS_AHEAD = 2
+
+
+class Service:
+    """One model and the threads that work for it.
+
+    Parameters
+    ----------
+    model : TrainedModel
+        The model.
+    limits : Limits
+        Bounds on requests.
+    """
+
+    def __init__(self, model: TrainedModel, limits: Limits) -> None:
+        self.model, self.limits = model, limits
+        self._merger = Merger(partial(run_jobs, model.module), MERGED_ROWS)
+        # Few, since a body being decoded takes many times its size.
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="rayvaec-reader")
+
+    async def read(self, reader: Reader, body: Body) -> Task:
+        """Decode and check a request, off the event loop.
+
+        Parameters
+        ----------
+        reader : callable
+            One of `rayvaec.serve.requests`.
+        body : Body
+            What was sent.
+
+        Returns
+        -------
+        Task
+
+        Raises
+        ------
+        RequestError
+            If the request is refused.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._readers, reader, body, self.model, self.limits)
+
+    async def arrow(self, task: Task) -> AsyncIterator[bytes]:
+        """Yield an Arrow answer in pieces, as its jobs are done.
+
+        Parameters
+        ----------
+        task : Task
+            The request's work.
+
+        Yields
+        ------
+        bytes
+            Parts of an IPC stream.
+        """
+        yield stream_start(task.schema())
+        async with aclosing(self._results(task, task.encode)) as results:
+            async for pieces in results:
+                for piece in pieces:
+                    yield piece
+        yield END_OF_STREAM
+
+    async def json(self, task: Task) -> bytes:
+        """Return a JSON answer.
+
+        Parameters
+        ----------
+        task : Task
+            The request's work.
+
+        Returns
+        -------
+        bytes
+        """
+        results = [result async for result in self._results(task, lambda result: result)]
+
+        def encode() -> bytes:
+            return json.dumps({**task.facts, **task.as_json(results)}, allow_nan=False).encode()
+
+        return await asyncio.get_running_loop().run_in_executor(self._readers, encode)
+
+    async def _results(self, task: Task, then: Callable[[Any], Any]) -> AsyncGenerator[Any, None]:
+        """Yield the jobs' results in order; the next jobs wait at the merger meanwhile."""
+        jobs = task.jobs(then)
+        ahead = deque(self._submitted(job) for job in islice(jobs, _JOBS_AHEAD))
+        try:
+            while ahead:
+                result = await ahead[0]
+                ahead.popleft()
+                ahead.extend(self._submitted(job) for job in islice(jobs, 1))
+                yield result
+        finally:
+            for waiting in ahead:
+                waiting.cancel()
+
+    def _submitted(self, job: Job) -> asyncio.Task[Any]:
+        return asyncio.create_task(self._merger.submit(job))
+
+    def describe(self) -> dict[str, Any]:
+        """Return what /v1/model tells.
+
+        Returns
+        -------
+        dict
+            As `rayvaec.serve.schemas.ModelAnswer`.
+        """
+        registry = self.model.registry
+        return {
+            "model_hash": self.model.hash,
+            "registry_hash": registry.hash(),
+            "version": rayvaec.__version__,
+            **registry.to_json(),
+            "config": self.model.module.config.to_json(),
+            "limits": asdict(self.limits),
+        }
+
+    def warm_up(self) -> None:
+        """Compute one cell of everything, so that no request waits for a compiler."""
+        cells = Cells(
+            indptr=np.array([0, 1], np.int64),
+            indices=np.zeros(1, np.int32),
+            counts=np.ones(1, np.int32),
+            labels=np.zeros(1, np.int64),
+            batches=None if self.model.registry.batch_key is None else np.zeros(1, np.int64),
+            keys=np.zeros(1, np.uint64),
+        )
+        library = np.ones(1, np.float32)
+        for job in (
+            Job("draw", cells, _same),
+            Job("generate", cells, _same, library=library),
+            Job("latent", cells, _same),
+            Job("expression", cells, _same),
+        ):
+            for outcome in run_jobs(self.model.module, [job]):
+                if isinstance(outcome, Exception):
+                    raise outcome
+
+    def close(self) -> None:
+        """End the threads once their present work is done."""
+        self._merger.close()
+        self._readers.shutdown(wait=False, cancel_futures=True)
+
+
+def _same(result: Any) -> Any:
+    return result

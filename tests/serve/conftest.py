@@ -1,0 +1,78 @@
+"""One loaded model and its application, in process, for every test of the endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anndata
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from rayvaec.infer.trained import TrainedModel, load_model
+from rayvaec.serve.limits import Limits
+from rayvaec.serve.routes import create_app
+from rayvaec.serve.service import Service
+
+
+@dataclass
+class Http:
+    """Sends requests to an application without a network, as one that listens on loopback."""
+
+    app: FastAPI
+    base_url: str = "http://127.0.0.1:8000"
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def together(self, *requests: tuple[str, str, dict[str, Any]]) -> list[httpx.Response]:
+        """Send requests at the same time; each is (method, path, arguments of httpx)."""
+
+        async def send() -> list[httpx.Response]:
+            transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(
+                transport=transport, base_url=self.base_url, headers=self.headers, timeout=60
+            ) as client:
+                return await asyncio.gather(
+                    *(client.request(method, path, **rest) for method, path, rest in requests)
+                )
+
+        return asyncio.run(send())
+
+    def get(self, path: str, **rest: Any) -> httpx.Response:
+        """Send one GET."""
+        return self.together(("GET", path, rest))[0]
+
+    def post(self, path: str, **rest: Any) -> httpx.Response:
+        """Send one POST."""
+        return self.together(("POST", path, rest))[0]
+
+
+@pytest.fixture(scope="session")
+def trained(model_path: Path) -> TrainedModel:
+    """The model that the tests' server holds."""
+    return load_model(model_path)
+
+
+@pytest.fixture(scope="session")
+def adata(atlas_h5ad: Path) -> anndata.AnnData:
+    """Forty cells with counts and labels."""
+    return anndata.read_h5ad(atlas_h5ad)[:40].copy()
+
+
+@pytest.fixture(scope="session")
+def serve_with(trained: TrainedModel) -> Callable[..., Http]:
+    """Build an application with limits, token and the like of its own."""
+
+    def build(token_digest: str | None = None, **limits: Any) -> Http:
+        return Http(create_app(Service(trained, Limits(**limits)), token_digest))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def http(serve_with: Callable[..., Http]) -> Http:
+    """The application with default limits and no token."""
+    return serve_with()
