@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rayvaec.errors import ConfigError
+
+CONNECT_TIMEOUT_S = 10
+"""How long a Ray may take to accept a connection."""
 
 
 def usable_cpus() -> int:
@@ -69,8 +73,9 @@ def start_ray(num_cpus: int | None = None) -> bool:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
+            _check_listening(address)
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"no Ray answers at RAY_ADDRESS={address} ({error})",
                 "start it, correct the address, or unset RAY_ADDRESS to work on this machine alone",
@@ -85,6 +90,13 @@ def start_ray(num_cpus: int | None = None) -> bool:
         logging_level=logging.ERROR,
     )
     return True
+
+
+def _check_listening(address: str) -> None:
+    """Raise OSError where nothing listens: Ray itself would try for many minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
 
 
 @contextmanager

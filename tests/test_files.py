@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from rayvaec.errors import StoreError
+from rayvaec.files import remove, whole_output, write_json
+
+
+def test_an_output_appears_when_it_is_whole(tmp_path):
+    with whole_output(tmp_path / "a" / "out") as partial:
+        partial.mkdir()
+        (partial / "file").write_text("1")
+        assert not (tmp_path / "a" / "out").exists()
+    assert (tmp_path / "a" / "out" / "file").read_text() == "1"
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]
+
+
+def failing_write(path, **kwargs):
+    with whole_output(path, **kwargs) as partial:
+        partial.write_text("half")
+        raise RuntimeError("the disk is full")
+
+
+def test_a_failure_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        failing_write(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_leaves_what_stood_there(tmp_path):
+    (tmp_path / "out").write_text("old")
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        failing_write(tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out").read_text() == "old"
+
+
+def test_an_existing_output_is_refused_or_replaced(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("")
+    with pytest.raises(StoreError, match=r"out exists already.*--overwrite"), whole_output(out):
+        pass
+    with whole_output(out, overwrite=True) as partial:
+        partial.write_text("new")
+    assert out.read_text() == "new"
+
+
+def test_json_is_replaced_at_once(tmp_path, monkeypatch):
+    path = tmp_path / "value.json"
+    write_json(path, {"a": 1})
+    assert json.loads(path.read_text()) == {"a": 1}
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert os.listdir(tmp_path) == ["value.json"]
+
+
+def test_remove_takes_files_folders_and_links(tmp_path):
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    remove(tmp_path / "link")
+    assert (tmp_path / "folder").exists()
+    remove(tmp_path / "folder")
+    remove(tmp_path / "nothing")
+    assert list(tmp_path.iterdir()) == []
