@@ -343,6 +343,11 @@ class VAEC(VAECNetwork):
         """
         return self._px_scale(self._decoder_hidden(z, y, batch_index), y).mul_(library)
 
+    @property
+    def n_noise(self) -> int:
+        """Draws of noise a cell that `minibatch_loss` needs: z's, and those behind the prior."""
+        return 1 + MIXTURE_DRAWS * (self.config.prior == "mog")
+
     def minibatch_loss(
         self,
         x: CsrCounts,
@@ -352,6 +357,7 @@ class VAEC(VAECNetwork):
         kl_weight: float = 1.0,
         divisor: float | None = None,
         generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
     ) -> LossOutput:
         """Return the loss of a sparse minibatch: what training calls.
 
@@ -370,6 +376,8 @@ class VAEC(VAECNetwork):
             a share of a global minibatch gives the share that makes the averaged gradient exact.
         generator : torch.Generator, optional
             Source of z's noise; torch's global one by default.
+        noise : Tensor[n_noise, n_cells, n_latent], optional
+            Standard normal noise, where it is not to be drawn here.
 
         Returns
         -------
@@ -377,8 +385,9 @@ class VAEC(VAECNetwork):
             Only `loss` carries gradients.
         """
         qz = self.encode(x, y, batch_index)
-        n_draws = 1 + MIXTURE_DRAWS * (self.config.prior == "mog")
-        noise = torch.randn((n_draws, *qz.loc.shape), generator=generator, device=qz.loc.device)
+        if noise is None:
+            shape = (self.n_noise, *qz.loc.shape)
+            noise = torch.randn(shape, generator=generator, device=qz.loc.device)
         factor = self._cell_weight(y) / (divisor or x.n_cells)
         weighted_sum, reconstruction = self.reconstruction(
             qz.loc + qz.scale * noise[0], x, y, batch_index, factor
