@@ -66,8 +66,8 @@ class Input:
         try:
             self._matrix, self._var = self._find_matrix()
             self._encoding = _encoding(self._matrix, self.where)
-            self.n_cells = len(self._index("obs"))
-            self.n_genes = len(self._index(self._var))
+            self.n_cells = self._index("obs").shape[0]
+            self.n_genes = self._index(self._var).shape[0]
             self._check_shape()
         except BaseException:
             self.close()
@@ -112,7 +112,7 @@ class Input:
         """Number of stored values."""
         if self._encoding == "dense":
             return self.n_cells * self.n_genes
-        return len(self._matrix["data"])
+        return int(self._matrix["data"].shape[0])
 
     def names(self, start: int, stop: int) -> list[str]:
         """Return the obs names of the rows from `start` to `stop`."""
@@ -143,11 +143,8 @@ class Input:
         values = read_elem(self._root["obs"][key])
         if not isinstance(values, pd.Categorical):
             values = pd.Categorical(values)
-        categories = [str(value) for value in values.categories]
-        # Distinct values may have one text, such as 1 and "1".
-        unique = {name: code for code, name in enumerate(dict.fromkeys(categories))}
-        recode = np.array([unique[name] for name in categories] + [-1], np.int64)
-        return Column(recode[values.codes], tuple(unique))
+        categories = tuple(str(value) for value in values.categories)
+        return Column(values.codes.astype(np.int64), categories)
 
     def blocks(self, elements: int, scratch: Path) -> Iterator[tuple[int, sparse.csr_array]]:
         """Read the matrix, some rows at a time.

@@ -162,13 +162,18 @@ def write_atlas(
     StoreError
         If `out` exists and `overwrite` is false.
     """
+    import anndata
+    import zarr
+    from anndata.io import write_elem
+
     if out.suffix not in (".h5ad", ".zarr"):
         raise ConfigError(f"--out {out} is no format to write", "use a name in .h5ad or .zarr")
     check_free(out, overwrite)
     adata = simulate(n_cells, n_genes, n_labels, n_batches, seed, mean_library)
     with whole_output(out, overwrite) as partial:
         if out.suffix == ".zarr":
-            adata.write_zarr(partial)
+            with anndata.settings.override(auto_shard_zarr_v3=True):
+                write_elem(zarr.open_group(partial, mode="w", zarr_format=3), "/", adata)
         else:
             adata.write_h5ad(partial)
 

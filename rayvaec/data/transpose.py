@@ -45,7 +45,7 @@ def csc_rows(
     CountsError
         If the matrix contradicts itself.
     """
-    stored = len(matrix["data"])
+    stored = int(matrix["data"].shape[0])
     n_files = max(-(-stored // elements), 1)
     rows = max(-(-shape[0] // n_files), 1)
     if not scratch.exists():
@@ -66,7 +66,7 @@ def _deal(
 ) -> None:
     """Write every stored value to the file of its rows."""
     indptr = matrix["indptr"][:].astype(np.int64)
-    stored = len(matrix["data"])
+    stored = int(matrix["data"].shape[0])
     check_offsets(indptr, shape[1], stored, where)
     for start in range(0, stored, elements):
         stop = min(start + elements, stored)

@@ -9,6 +9,8 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import zarr
+from anndata.io import write_elem
 from scipy import sparse
 
 FORMS = {
@@ -40,6 +42,7 @@ def write_input(tmp_path: Path) -> Callable[..., Path]:
         genes: list[str] | None = None,
         cells: list[str] | None = None,
         layers: dict[str, np.ndarray] | None = None,
+        raw: np.ndarray | None = None,
     ) -> Path:
         n_cells, n_genes = x.shape
         labels = [f"type {row % 3}" for row in range(n_cells)] if labels is None else labels
@@ -49,9 +52,14 @@ def write_input(tmp_path: Path) -> Callable[..., Path]:
         )
         var = pd.DataFrame(index=genes or [f"g{column}" for column in range(n_genes)])
         adata = anndata.AnnData(FORMS[form](x), frame, var, layers=layers)
+        if raw is not None:
+            names = pd.DataFrame(index=[f"g{column}" for column in range(raw.shape[1])])
+            adata.raw = anndata.AnnData(FORMS[form](raw), frame, names)
         path = tmp_path / name
         if path.suffix == ".zarr":
-            adata.write_zarr(path)
+            version = 2 if ".v2" in path.suffixes else 3
+            with anndata.settings.override(auto_shard_zarr_v3=True):
+                write_elem(zarr.open_group(path, mode="w", zarr_format=version), "/", adata)
         else:
             adata.write_h5ad(path)
         return path

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import zarr
+from scipy import sparse
+
+from rayvaec.data.inputs import Input
+from rayvaec.errors import CountsError
+
+
+def read_all(source, elements, scratch):
+    """Read all blocks; return the matrix and the blocks' sizes."""
+    blocks = list(source.blocks(elements, scratch))
+    starts = [start for start, _ in blocks]
+    sizes = [x.shape[0] for _, x in blocks]
+    assert starts == [0, *np.cumsum(sizes)[:-1]]
+    return sparse.vstack([x for _, x in blocks]).toarray(), blocks
+
+
+@pytest.mark.parametrize("name", ["a.h5ad", "a.zarr", "a.v2.zarr"])
+@pytest.mark.parametrize("form", ["csr", "csc", "dense"])
+@pytest.mark.parametrize("dtype", ["f4", "f8", "i4", "i8", "u2"])
+def test_every_form_is_read_in_blocks(write_input, counts, tmp_path, name, form, dtype):
+    path = write_input(counts.astype(dtype), name, form)
+    with Input(path) as source:
+        assert (source.n_cells, source.n_genes) == counts.shape
+        assert source.genes == [f"g{column}" for column in range(12)]
+        assert source.names(28, 30) == [f"{path.stem}_28", f"{path.stem}_29"]
+        for elements in (1, 25, 10**6):
+            x, blocks = read_all(source, elements, tmp_path / f"scratch{elements}")
+            np.testing.assert_array_equal(x, counts)
+            assert blocks[0][1].dtype == dtype
+            assert (len(blocks) == 1) == (elements == 10**6)
+
+
+def test_blocks_hold_no_more_than_was_asked(write_input, counts, tmp_path):
+    with Input(write_input(counts)) as source:
+        sizes = [x.nnz for _, x in source.blocks(25, tmp_path)]
+        assert max(sizes) <= 25
+        assert np.mean(sizes) > 15
+
+
+def test_a_transposed_matrix_is_read_twice_from_one_scratch_folder(write_input, counts, tmp_path):
+    with Input(write_input(counts, form="csc")) as source:
+        first, _ = read_all(source, 20, tmp_path / "scratch")
+        written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "scratch").iterdir()}
+        assert len(written) > 3
+        second, _ = read_all(source, 20, tmp_path / "scratch")
+        np.testing.assert_array_equal(first, second)
+        assert written == {
+            path.name: path.stat().st_mtime_ns for path in (tmp_path / "scratch").iterdir()
+        }
+
+
+@pytest.mark.parametrize("form", ["csr", "csc"])
+def test_rows_and_columns_without_values_are_kept(write_input, tmp_path, form):
+    x = np.zeros((7, 5), "i4")
+    x[2, 3] = 4
+    with Input(write_input(x, form=form)) as source:
+        np.testing.assert_array_equal(read_all(source, 1, tmp_path / "scratch")[0], x)
+
+
+@pytest.mark.parametrize("name", ["a.h5ad", "a.zarr"])
+def test_layers_and_raw_are_read(write_input, counts, tmp_path, name):
+    layers = {"counts": sparse.csr_matrix(counts[:, 3:])}
+    path = write_input(counts[:, 3:] * 0.5, name, layers=layers, raw=counts * 2)
+    with Input(path) as source:
+        assert sorted(source.layers) == ["counts", "raw"]
+        assert source.where == f"{path}, X"
+    with Input(path, "counts") as source:
+        assert source.layers == ["raw"]
+        assert source.where == f"{path}, layer counts"
+        np.testing.assert_array_equal(read_all(source, 30, tmp_path / "s")[0], counts[:, 3:])
+    with Input(path, "raw") as source:
+        assert source.n_genes == 12
+        assert source.genes[0] == "g0"
+        np.testing.assert_array_equal(read_all(source, 30, tmp_path / "s")[0], counts * 2)
+    with pytest.raises(CountsError, match=r"has no layer 'count'; the layers are counts, raw"):
+        Input(path, "count")
+
+
+def test_the_choice_without_layers(write_input, counts):
+    with pytest.raises(CountsError, match=r"has no layer 'counts'; leave out --layer to read X"):
+        Input(write_input(counts), "counts")
+
+
+@pytest.mark.parametrize("name", ["a.h5ad", "a.zarr"])
+def test_columns_of_every_type_become_codes(write_input, counts, name):
+    values = ["u", "v", "u"] * 10
+    obs = {
+        "text": values,
+        "category": pd.Categorical(values, categories=["v", "w", "u"]),
+        "number": [2, 10, 2] * 10,
+        "truth": [True, False, True] * 10,
+        "float": [1.5, np.nan, 1.5] * 10,
+        "gaps": pd.Categorical(["u", None, "u"] * 10),
+    }
+    with Input(write_input(counts, name, obs=obs)) as source:
+        assert source.columns == ["cell_type", *obs]
+        expected = {
+            "text": (("u", "v"), [0, 1, 0]),
+            "category": (("v", "w", "u"), [2, 0, 2]),
+            "number": (("2", "10"), [0, 1, 0]),
+            "truth": (("False", "True"), [1, 0, 1]),
+            "float": (("1.5",), [0, -1, 0]),
+            "gaps": (("u",), [0, -1, 0]),
+        }
+        for key, (categories, codes) in expected.items():
+            column = source.column(key)
+            assert column.categories == categories, key
+            assert column.codes.tolist() == codes * 10, key
+        with pytest.raises(CountsError, match=r"no obs column 'txt'; the columns are text, "):
+            source.column("txt")
+
+
+def test_names_stored_as_nullable_strings_and_as_numbers_are_read(counts, tmp_path):
+    adata = anndata.AnnData(
+        counts.astype("f4"),
+        pd.DataFrame(index=pd.array([f"c{i}" for i in range(30)], dtype="string")),
+        pd.DataFrame(index=[f"g{i}" for i in range(12)]),
+    )
+    path = tmp_path / "a.h5ad"
+    with anndata.settings.override(allow_write_nullable_strings=True):
+        adata.write_h5ad(path)
+    with Input(path) as source:
+        assert source.names(0, 2) == ["c0", "c1"]
+    with h5py.File(path, "a") as file:
+        del file["obs"][file["obs"].attrs["_index"]]
+        file["obs"][file["obs"].attrs["_index"]] = np.arange(30)
+    with Input(path) as source:
+        assert source.names(9, 11) == ["9", "10"]
+
+
+def test_paths_that_are_no_anndata_are_refused(tmp_path):
+    with pytest.raises(CountsError, match="there is no file .*nothing.h5ad"):
+        Input(tmp_path / "nothing.h5ad")
+    (tmp_path / "text.h5ad").write_text("cell,gene")
+    with pytest.raises(CountsError, match=r"text.h5ad is not an HDF5 file; give an h5ad"):
+        Input(tmp_path / "text.h5ad")
+    with pytest.raises(CountsError, match="is a folder but no Zarr group"):
+        Input(tmp_path)
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["matrix"] = [1]
+    with pytest.raises(CountsError, match="other.h5 has no obs and var"):
+        Input(tmp_path / "other.h5")
+    zarr.open_group(tmp_path / "store", attributes={"encoding-type": "annbatch-preshuffled"})
+    with pytest.raises(CountsError, match="store is a store already"):
+        Input(tmp_path / "store")
+
+
+def test_a_file_without_x_is_refused(counts, tmp_path):
+    path = tmp_path / "a.h5ad"
+    frame = pd.DataFrame(index=[f"c{i}" for i in range(30)])
+    anndata.AnnData(obs=frame, layers={"spliced": counts}).write_h5ad(path)
+    with pytest.raises(CountsError, match=r"has no X; use --layer \(layers: spliced\)"):
+        Input(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda file: file["X"]["indptr"].__setitem__(3, 10**6), "its indptr does not fit"),
+        (
+            lambda file: file["X"]["indices"].__setitem__(0, 12),
+            "an index of 12 and the limit is 11",
+        ),
+        (lambda file: file["X"]["indices"].__setitem__(0, -1), "is damaged: it has an index"),
+        (
+            lambda file: file["X"].attrs.__setitem__("shape", [29, 12]),
+            r"has shape \(29, 12\) but 30",
+        ),
+        (lambda file: file["X"].attrs.__setitem__("encoding-type", "coo"), "is stored as 'coo'"),
+        (lambda file: file["obs"].attrs.__setitem__("encoding-version", "0.1.0"), "an old version"),
+    ],
+)
+def test_a_damaged_file_is_refused(write_input, counts, tmp_path, change, problem):
+    path = write_input(counts)
+    with h5py.File(path, "a") as file:
+        change(file)
+    with pytest.raises(CountsError, match=problem), Input(path) as source:
+        list(source.blocks(10**6, tmp_path / "scratch"))
+
+
+@pytest.mark.parametrize("bad", [30, -1])
+def test_a_damaged_transposed_file_is_refused(write_input, counts, tmp_path, bad):
+    path = write_input(counts, form="csc")
+    with h5py.File(path, "a") as file:
+        file["X"]["indices"][0] = bad
+    with pytest.raises(CountsError, match="is damaged"), Input(path) as source:
+        list(source.blocks(10**6, tmp_path / "scratch"))
+
+
+def test_the_file_of_real_counts(shared, tmp_path):
+    path = shared / "data" / "pbmc_10x_200.h5ad"
+    with Input(path) as source:
+        x, blocks = read_all(source, 50_000, tmp_path)
+        assert len(blocks) > 5
+        np.testing.assert_array_equal(x, anndata.read_h5ad(path).X.toarray())
+        assert source.column("cell_type").categories == ("B cell", "Monocyte", "Other", "T cell")
