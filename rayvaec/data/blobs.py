@@ -31,8 +31,8 @@ class Blobs(Protocol):
     def size(self, key: str) -> int | None:
         """Return a file's size in bytes, None where there is no such file."""
 
-    def read(self, key: str, start: int, n: int) -> NDArray[np.uint8]:
-        """Return `n` bytes of a file, from `start` on.
+    def read(self, key: str, start: int, out: NDArray[np.uint8]) -> None:
+        """Fill `out` with the bytes of a file, from `start` on.
 
         Raises
         ------
@@ -91,25 +91,24 @@ class LocalBlobs:
         except OSError as error:
             raise self._unreadable(key, error) from error
 
-    def read(self, key: str, start: int, n: int) -> NDArray[np.uint8]:
-        """Return `n` bytes of a file, from `start` on; see `Blobs.read`."""
-        data, done = np.empty(n, np.uint8), 0
+    def read(self, key: str, start: int, out: NDArray[np.uint8]) -> None:
+        """Fill `out` with the bytes of a file, from `start` on; see `Blobs.read`."""
+        room, done = out.data, 0
         try:
             file = self._file(key)
-            while done < n:
-                step = os.preadv(file.descriptor, [data[done:].data], start + done)
+            while done < len(room):
+                step = os.preadv(file.descriptor, [room[done:]], start + done)
                 if step == 0:
                     break
                 done += step
         except OSError as error:
             raise self._unreadable(key, error) from error
-        if done < n:
+        if done < len(room):
             raise StoreError(
                 f"the file {self.locate(key)} is cut short: it ends at byte {start + done} "
-                f"and {start + n} are needed",
+                f"and {start + len(room)} are needed",
                 "copy it again, or write the store again with `rayvaec prepare ... --overwrite`",
             )
-        return data
 
     def zarr_array(self, path: str) -> zarr.Array[Any]:
         """Open an array with zarr itself."""

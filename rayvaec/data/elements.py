@@ -19,7 +19,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from rayvaec.errors import ConfigError
 
 SHARD_BYTES = 128 * 2**20
-ROW_CHUNK = 4096
+ROW_CHUNK = 1024
 STRING_CHUNK = 16384
 CODECS = {"lz4": "lz4hc", "zstd": "zstd"}
 

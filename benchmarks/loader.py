@@ -1,0 +1,212 @@
+"""Shuffled minibatches from disk, against zarr-python and against decompression alone.
+
+Writes a random store in a temporary folder (or takes ``--store``), then times, in turns and with
+a warm cache: an epoch of the loader; reading the same runs of rows in the same order by slicing
+zarr arrays, without gathering them; and decompressing every chunk of X once, from memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numcodecs.blosc
+import numpy as np
+import zarr
+
+from rayvaec.data.lanes import LanePlan
+from rayvaec.data.loader import Loader
+from rayvaec.data.manifest import Manifest
+from rayvaec.data.partition import CountsDtypes, PartitionCells, write_manifest, write_partition
+from rayvaec.data.registry import Registry
+from rayvaec.data.store import Store, open_store
+
+LANES, BLOCK_ROWS, BUFFER_ROWS = 16, 256, 16384
+
+
+def write_store(folder: Path, options: argparse.Namespace) -> None:
+    """Write a store of random cells: genes of skewed frequency, small counts with a long tail."""
+    rng = np.random.default_rng(0)
+    n, g = options.n_cells, options.n_genes
+    genes = tuple(f"gene{i}" for i in range(g))
+    registry = Registry(genes=genes, labels=("a", "b", "c"), labels_key="cell_type")
+    chance = rng.gamma(0.5, size=g)
+    # Solve for the scale at which the expected number of genes per cell is the one asked for.
+    low, high = 1e-6, 1e6
+    for _ in range(100):
+        scale = np.sqrt(low * high)
+        low, high = (
+            (scale, high) if -np.expm1(-chance * scale).sum() < options.nnz else (low, scale)
+        )
+    rate = chance * scale
+    seen = -np.expm1(-rate)
+    partitions = []
+    for k, start in enumerate(range(0, n, options.partition_cells)):
+        rows = min(options.partition_cells, n - start)
+        indptr, indices, counts = random_cells(rng, rows, seen, rate)
+        cells = PartitionCells(
+            *(indptr, indices, counts),
+            names=[f"cell{start + i}" for i in range(rows)],
+            labels=rng.integers(0, 3, rows),
+        )
+        partitions.append(
+            write_partition(
+                *(folder, f"dataset_{k}", cells, registry),
+                CountsDtypes(np.dtype("uint16"), np.dtype("uint16" if g <= 2**16 else "uint32")),
+                codec=options.codec,
+                rows_per_chunk=options.rows_per_chunk,
+            )
+        )
+    manifest = Manifest(
+        registry=registry,
+        n_cells=n,
+        nnz=sum(info.nnz for info in partitions),
+        cells_per_label=(n, 0, 0),
+        gene_totals=(0,) * g,
+        total_counts=0,
+        n_train=n,
+        seed=0,
+        sources=(),
+        partitions=tuple(partitions),
+        created="",
+        rayvaec_version="",
+    )
+    write_manifest(folder, manifest)
+
+
+def random_cells(
+    rng: np.random.Generator, n: int, seen: np.ndarray, rate: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw which genes a cell has and how many counts of each: Poisson rates times a gamma."""
+    indices, lengths = [], []
+    for start in range(0, n, 1000):
+        rows = min(1000, n - start)
+        drawn = rng.random((rows, len(seen)), np.float32) < seen.astype(np.float32)
+        lengths.append(drawn.sum(axis=1))
+        indices.append(np.nonzero(drawn)[1])
+    flat = np.concatenate(indices)
+    counts = 1 + rng.poisson(np.minimum(rate[flat], 50) * rng.gamma(0.5, 2.0, len(flat)))
+    return np.concatenate([[0], np.concatenate(lengths).cumsum()]), flat, counts
+
+
+def raw_chunks(store: Store) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return every encoded chunk of X with a buffer for its contents, all in memory."""
+    buffers: dict[tuple[str, int], np.ndarray] = {}
+    chunks = []
+    for partition in store.partitions:
+        for name, vector in (("data", partition.counts), ("indices", partition.indices)):
+            chunk, per_shard = vector._layout.chunk, vector._chunks_per_shard
+            key = (name, chunk)
+            buffer = buffers.setdefault(key, np.empty(chunk, vector.dtype))
+            for shard in range(-(-len(vector) // vector._layout.shard)):
+                path = store.path / f"{partition.info.name}/X/{name}/c/{shard}"
+                data = np.fromfile(path, np.uint8)
+                places = vector._index(shard)[:per_shard]
+                for begin, length in places[places[:, 0] < 2**63].tolist():
+                    chunks.append((data[begin : begin + length - 4], buffer))
+    return chunks
+
+
+def decompress(chunks: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Decode every chunk once."""
+    for encoded, out in chunks:
+        numcodecs.blosc.decompress(encoded, out)
+
+
+def run_loader(loader: Loader, epoch: int) -> int:
+    """Go through an epoch; return how many cells came."""
+    return sum(len(minibatch) for minibatch in loader.epoch(epoch))
+
+
+def run_zarr(store: Store, n_blocks: int) -> int:
+    """Slice the first blocks of an epoch out of zarr arrays; return how many cells came."""
+    plan = LanePlan(0, store.n_train, 1024, LANES, BLOCK_ROWS, 4, 0, 0)
+    end = min(n_blocks * BLOCK_ROWS, store.n_train)
+    arrays = [zarr.open_group(store.path / p.info.name, mode="r")["X"] for p in store.partitions]
+    opened = {
+        p.info.name: [x[key] for key in ("indptr", "data", "indices")]
+        for p, x in zip(store.partitions, arrays, strict=True)
+    }
+    for run in plan.runs(0, end):
+        for partition, start, stop in store.pieces(*run):
+            indptr, data, indices = opened[partition.info.name]
+            offsets = indptr[start : stop + 1]
+            data[offsets[0] : offsets[-1]]
+            indices[offsets[0] : offsets[-1]]
+    return end
+
+
+def rate(work: Callable[[], int]) -> float:
+    """Return cells per second."""
+    started = time.perf_counter()
+    cells = work()
+    return cells / (time.perf_counter() - started)
+
+
+def measure(store: Store, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Time every way, in turns."""
+    loader = Loader(store, options.batch_size, lanes=LANES, block_rows=BLOCK_ROWS)
+    chunks = raw_chunks(store)
+    run_loader(loader, 0)
+    times: dict[str, list[float]] = {"loader": [], "zarr": [], "raw": []}
+    for i in range(options.rounds):
+        times["loader"].append(rate(lambda i=i: run_loader(loader, i + 1)))
+        times["raw"].append(rate(lambda: decompress(chunks) or store.n_cells))
+        times["zarr"].append(rate(lambda: run_zarr(store, options.zarr_blocks)))
+    return times
+
+
+def main() -> None:
+    """Print one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--n-cells", type=int, default=50_000)
+    parser.add_argument("--n-genes", type=int, default=20_000)
+    parser.add_argument("--nnz", type=int, default=1_500, help="stored values of a cell")
+    parser.add_argument("--partition-cells", type=int, default=50_000)
+    parser.add_argument("--rows-per-chunk", type=int)
+    parser.add_argument("--codec", default="lz4")
+    parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--zarr-blocks", type=int, default=40, help="blocks that zarr reads a round"
+    )
+    parser.add_argument("--store", type=Path, help="use this store, or write it there")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.store or Path(temporary) / "store"
+        if not folder.exists():
+            write_store(folder, options)
+        store = open_store(folder)
+        times = measure(store, options)
+    medians = {name: round(statistics.median(values)) for name, values in times.items()}
+    setup = {
+        "n_cells": store.n_cells,
+        "n_genes": store.n_genes,
+        "nnz_per_cell": round(store.manifest.nnz / store.n_cells),
+        "batch_size": options.batch_size,
+        "codec": options.codec,
+        "cpus": len(os.sched_getaffinity(0)),
+        "rounds": options.rounds,
+        "peer": "zarr-python slicing the same runs of rows",
+    }
+    result = {
+        "name": "loader",
+        "ours": medians["loader"],
+        "peer": medians["zarr"],
+        "ratio": round(medians["loader"] / medians["zarr"], 2),
+        "unit": "cells/s",
+        "raw_decompression": medians["raw"],
+        "ratio_to_raw": round(medians["loader"] / medians["raw"], 2),
+        "setup": setup,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
