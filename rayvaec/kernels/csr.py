@@ -143,3 +143,39 @@ class CsrCounts(NamedTuple):
         return CsrCounts(
             self.indptr.to(device), self.indices.to(device), self.counts.to(device), self.n_genes
         )
+
+
+def checked_arrays(
+    x: CsrCounts,
+) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]:
+    """Return the arrays of counts on the CPU as compiled kernels read them.
+
+    Parameters
+    ----------
+    x : CsrCounts
+        On the CPU.
+
+    Returns
+    -------
+    indptr, indices, counts : ndarray
+        Of int64, int32 and int32; not copied where they are so already.
+
+    Raises
+    ------
+    CountsError
+        If a count is negative or too large, or an index is not that of a gene: a compiled kernel
+        would read and write out of bounds.
+    """
+    indices, counts = x.indices.numpy(), x.counts.numpy()
+    for name, values, limit in (("index", indices, x.n_genes), ("count", counts, 2**31)):
+        if len(values) and (values.min() < 0 or values.max() >= limit):
+            place = int(np.flatnonzero((values < 0) | (values >= limit))[0])
+            raise CountsError(
+                f"{name} {values[place]} at entry {place} is outside 0 to {limit - 1}",
+                f"counts are non-negative and of the model's {x.n_genes} genes",
+            )
+    return (
+        x.indptr.numpy().astype(np.int64, copy=False),
+        np.ascontiguousarray(indices, dtype=np.int32),
+        np.ascontiguousarray(counts, dtype=np.int32),
+    )

@@ -87,7 +87,7 @@ def test_draws_of_large_lambdas_follow_the_negative_binomial():
 @pytest.mark.parametrize(("size", "log_odds"), [(1e-6, 8.0), (1e-5, -1.0), (1e-6, 15.0)])
 def test_rare_counts_have_the_right_rate_and_law(size, log_odds):
     n_genes = 2_000
-    values = draw_columns(np.full(n_genes, size), np.full(n_genes, log_odds), seed=3)
+    values = draw_columns(np.full(n_genes, size), np.full(n_genes, log_odds), seed=3, n=20_000)
     some = values[values > 0]
     expected = values.size * size * np.log1p(np.exp(log_odds))
     assert stats.poisson.sf(len(some) - 1, expected) > ALPHA

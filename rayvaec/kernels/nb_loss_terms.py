@@ -1,0 +1,59 @@
+"""What the versions of the fused loss take and give."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from rayvaec.kernels.csr import CsrCounts
+
+RATE_FLOOR = 1e-30
+"""Smallest total count (softplus form) or mean (softmax form) at a count above zero."""
+
+CHUNK_ENTRIES = 1 << 19
+"""Cells x genes that are worked on at a time."""
+
+
+class Inputs(NamedTuple):
+    """Arguments of the loss; see `nb_loss.nb_reconstruction`.
+
+    Parameters
+    ----------
+    h : Tensor[n_cells, n_hidden]
+    weight : Tensor[n_genes, n_hidden]
+    bias, px_r : Tensor[n_genes]
+    library, factor : Tensor[n_cells]
+    x : CsrCounts
+    generative : {"softplus", "softmax"}
+    """
+
+    h: Tensor
+    weight: Tensor
+    bias: Tensor
+    px_r: Tensor
+    library: Tensor
+    x: CsrCounts
+    factor: Tensor
+    generative: str
+
+
+class Gradients(NamedTuple):
+    """Gradients of the weighted sum, in the order of `Inputs`.
+
+    Parameters
+    ----------
+    h : Tensor[n_cells, n_hidden]
+    weight : Tensor[n_genes, n_hidden]
+    bias, px_r : Tensor[n_genes]
+    """
+
+    h: Tensor
+    weight: Tensor
+    bias: Tensor
+    px_r: Tensor
+
+
+def chunk_rows(n_cells: int, n_genes: int) -> int:
+    """Return how many cells are worked on at a time."""
+    return max(1, min(n_cells, CHUNK_ENTRIES // max(1, n_genes)))

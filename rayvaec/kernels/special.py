@@ -1,0 +1,124 @@
+"""Elementary functions for numba kernels: vectorising float32, and float64 for large counts.
+
+numba calls libm for exp and log, one number at a time. The float32 functions here are branchless
+polynomials, so that LLVM turns a loop over them into vector code: an element costs 0.3 to 0.5 ns
+instead of 5 to 10. Coefficients are Chebyshev fits; errors (largest relative ones, over the whole
+range) are below 3e-7.
+
+Kernels of other modules inline these functions, and numba's cache looks at the calling file only:
+after a change here, touch nb_loss_rows.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+
+_F = np.float32
+_ROUND = np.float32(12582912.0)  # 1.5 * 2**23: adding it rounds to an integer, kept in the low bits
+_LOG2_E = np.float32(1.4426950408889634)
+_LN2_HIGH = np.float32(0.693359375)
+_LN2_LOW = np.float32(-2.12194440e-4)
+_SQRT_HALF_BITS = np.int32(0x3F3504F3)
+_MANTISSA = np.int32(0x007FFFFF)
+_ONE_BITS = np.int32(127 << 23)
+_23 = np.int32(23)
+
+
+@njit(inline="always")
+def exp_negative(x: np.float32) -> np.float32:
+    """Return exp(x) for x <= 0; below -87 as at -87, which is 1.6e-38."""
+    x = max(x, _F(-87.0))
+    shifted = x * _LOG2_E + _ROUND
+    n = shifted - _ROUND
+    t = x - n * _LN2_HIGH
+    t = t - n * _LN2_LOW
+    p = _F(0.0013949782935591421)
+    p = p * t + _F(0.008375970820020074)
+    p = p * t + _F(0.041666200044223334)
+    p = p * t + _F(0.16666405262911438)
+    p = p * t + _F(0.5000000114384686)
+    p = p * t + _F(1.0)
+    p = p * t + _F(1.0)
+    scale = (_F(shifted).view(np.int32) << _23) + _ONE_BITS
+    return p * np.int32(scale).view(np.float32)
+
+
+@njit(inline="always")
+def log1p_unit(x: np.float32) -> np.float32:
+    """Return log(1 + x) for 0 <= x <= 1, to relative accuracy."""
+    p = _F(0.0020376905218038306)
+    p = p * x + _F(-0.013444831077200178)
+    p = p * x + _F(0.04155762269694332)
+    p = p * x + _F(-0.08253533223605536)
+    p = p * x + _F(0.12425102938401861)
+    p = p * x + _F(-0.16108631931697398)
+    p = p * x + _F(0.19891537478162236)
+    p = p * x + _F(-0.24987392751292764)
+    p = p * x + _F(0.333325691821074)
+    p = p * x + _F(-0.4999998172448772)
+    p = p * x + _F(1.0)
+    return p * x
+
+
+@njit(inline="always")
+def log1p_positive(x: np.float32) -> np.float32:
+    """Return log(1 + x) for 0 <= x <= 1e37, to relative accuracy."""
+    u = _F(1.0) + x
+    bits = _F(u).view(np.int32)
+    # Split u into 2**k * m with m in [sqrt(1/2), sqrt(2)).
+    offset = bits - _SQRT_HALF_BITS
+    k = _F(np.int32(offset >> _23))
+    m = np.int32((offset & _MANTISSA) + _SQRT_HALF_BITS).view(np.float32)
+    f = m - _F(1.0)
+    p = _F(0.07149753451661843)
+    p = p * f + _F(-0.11571201069636255)
+    p = p * f + _F(0.11661511417193123)
+    p = p * f + _F(-0.12411050643369055)
+    p = p * f + _F(0.14249936484271558)
+    p = p * f + _F(-0.1666848024068438)
+    p = p * f + _F(0.20000707480568916)
+    p = p * f + _F(-0.24999989048727736)
+    p = p * f + _F(0.3333333119082292)
+    log_m = p * f * f * f - _F(0.5) * f * f + f
+    # What rounding 1 + x dropped, to first order.
+    dropped = (x - (u - _F(1.0))) / u
+    return k * _LN2_HIGH + (k * _LN2_LOW + (log_m + dropped))
+
+
+@njit(nogil=True)
+def lgamma_rise(r: float, x: float) -> float:
+    """Return lgamma(r + x) - lgamma(r) for x >= 0 without the cancellation at large r."""
+    if r < 16.0:
+        return math.lgamma(r + x) - math.lgamma(r)
+    z = r + x
+    # Stirling's series at both ends, subtracted term by term; the next term is below 2e-12.
+    return (
+        (r - 0.5) * math.log1p(x / r)
+        + x * (math.log(z) - 1.0)
+        + (1.0 / z - 1.0 / r) / 12.0
+        - (z**-3.0 - r**-3.0) / 360.0
+        + (z**-5.0 - r**-5.0) / 1260.0
+    )
+
+
+@njit(nogil=True)
+def digamma_rise(r: float, x: float) -> float:
+    """Return digamma(r + x) - digamma(r) for x >= 0 without the cancellation at large r."""
+    steps = 0.0
+    z = r + x
+    while r < 16.0:
+        steps += 1.0 / r - 1.0 / z
+        r += 1.0
+        z += 1.0
+    tail = digamma_tail(z) - digamma_tail(r)
+    return steps + math.log1p(x / r) + tail
+
+
+@njit(nogil=True)
+def digamma_tail(z: float) -> float:
+    """Return digamma(z) - log(z) for z >= 16, to 1e-13."""
+    w = 1.0 / (z * z)
+    return -0.5 / z - w * (1.0 / 12.0 - w * (1.0 / 120.0 - w * (1.0 / 252.0 - w / 240.0)))

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from rayvaec.errors import ConfigError, CountsError
+from rayvaec.kernels.csr import CsrCounts
+from rayvaec.kernels.sparse_linear import sparse_linear
+
+
+def evaluate(x, weight, bias, outer, log1p):
+    weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+    out = sparse_linear(x, weight, bias, log1p=log1p)
+    out.backward(outer)
+    return out.detach(), weight.grad, bias.grad
+
+
+@pytest.mark.parametrize("log1p", [True, False])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-6), (torch.float64, 1e-14)])
+@pytest.mark.parametrize(("n_genes", "n_out", "extra"), [(57, 20, 3), (64, 1, 0), (5, 33, 7)])
+def test_values_and_gradients_of_the_dense_product(
+    make_counts, dtype, limit, n_genes, n_out, extra, log1p
+):
+    torch.manual_seed(0)
+    x = make_counts(41, n_genes, large=n_genes > 6)
+    weight = torch.randn(n_out, n_genes + extra, dtype=dtype)
+    bias, outer = torch.randn(n_out, dtype=dtype), torch.randn(41, n_out, dtype=dtype)
+    out, grad_weight, grad_bias = evaluate(x, weight, bias, outer, log1p)
+    dense = x.to_dense(torch.float64)
+    dense = dense.log1p() if log1p else dense
+    expected = dense @ weight[:, :n_genes].double().t() + bias
+    assert (out - expected).abs().max() < limit * expected.abs().max()
+    expected = outer.double().t() @ dense
+    assert (grad_weight[:, :n_genes] - expected).abs().max() < limit * expected.abs().max()
+    assert not grad_weight[:, n_genes:].any()
+    torch.testing.assert_close(grad_bias, outer.sum(0))
+
+
+def test_gradcheck_off_the_fast_path(make_counts):
+    x = make_counts(4, 6)
+    weight = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w: sparse_linear(x, w, None, log1p=True), [weight])
+
+
+def test_threads_and_neighbouring_rows_change_no_bit(make_counts):
+    torch.manual_seed(0)
+    x = make_counts(200, 300, large=True)
+    weight, bias = torch.randn(64, 300), torch.randn(64)
+    outer = torch.randn(200, 64)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        two = evaluate(x, weight, bias, outer, True)
+        torch.set_num_threads(1)
+        one = evaluate(x, weight, bias, outer, True)
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(two, one, strict=True):
+        assert torch.equal(a, b)
+    first, last = int(x.indptr[7]), int(x.indptr[8])
+    alone = CsrCounts(
+        torch.tensor([0, last - first]), x.indices[first:last], x.counts[first:last], 300
+    )
+    assert torch.equal(sparse_linear(alone, weight, bias, log1p=True)[0], two[0][7])
+
+
+def test_no_cells():
+    nobody = CsrCounts.from_numpy(np.zeros(1, "i8"), np.zeros(0, "i4"), np.zeros(0, "i4"), 5)
+    out, grad, _ = evaluate(nobody, torch.ones(3, 6), torch.ones(3), torch.ones(0, 3), True)
+    assert out.shape == (0, 3)
+    assert not grad.any()
+
+
+def test_what_does_not_fit_is_refused(make_counts):
+    x = make_counts(6, 20)
+    with pytest.raises(ConfigError, match=r"weight has shape \(8, 19\) for counts of 20 genes"):
+        sparse_linear(x, torch.ones(8, 19), None, log1p=True)
+    beyond = x._replace(indices=x.indices.int() + 20)
+    with pytest.raises(CountsError, match="is outside 0 to 19"):
+        sparse_linear(beyond, torch.ones(8, 20), None, log1p=True)
