@@ -15,6 +15,7 @@ from torch.distributions import Normal
 from torch.nn import functional
 
 from rayvaec.kernels.csr import CsrCounts
+from rayvaec.kernels.sparse_linear import sparse_linear
 
 VARIANCE_FLOOR = 1e-4
 """Added to every posterior variance, as in scvi-tools' ``Encoder(var_eps=1e-4)``."""
@@ -127,8 +128,7 @@ class FCLayers(nn.Module):
         """
         covariates = self.covariates(*categories)
         first = self._first
-        dense = torch.log1p(x.to_dense()) if log1p else x.to_dense()
-        a = functional.linear(dense, first.weight[:, : x.n_genes], first.bias)
+        a = sparse_linear(x, first.weight, first.bias, log1p=log1p)
         dense_inputs = [part for part in (beside, covariates) if part is not None]
         if dense_inputs:
             joined = torch.cat(dense_inputs, dim=1)

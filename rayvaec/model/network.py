@@ -10,11 +10,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
-from torch.nn import functional
 
 from rayvaec.errors import ModelError
 from rayvaec.kernels.csr import CsrCounts
-from rayvaec.kernels.nb_loss_interim import nb_reconstruction
+from rayvaec.kernels.nb_loss import nb_reconstruction
 from rayvaec.model.config import VAECConfig
 from rayvaec.model.distributions import NegativeBinomial
 from rayvaec.model.layers import Encoder, FCLayers
@@ -136,15 +135,15 @@ class VAECNetwork(nn.Module):
         tuple of Tensor[] and Tensor[n_cells]
             The weighted sum, and each cell's own without gradients.
         """
-        h, weight = self._decoder_hidden(z, y, batch_index), self.output.weight
+        row_bias = None
         if not self.is_softplus and self.config.n_labels:
-            # The label's bias as one more product, so that the kernel need not know of labels.
-            one_hot = functional.one_hot(y.reshape(-1).long(), self.config.n_labels).to(h.dtype)
-            h = torch.cat((h, one_hot), dim=1)
-            weight = torch.cat((weight, self.per_ct_bias.T), dim=1)
+            row_bias = self.per_ct_bias, y.reshape(-1).long()
         return nb_reconstruction(
-            *(h, weight, self.output.bias, self.px_r, self.library_of(x.library()), x, factor),
+            self._decoder_hidden(z, y, batch_index),
+            *(self.output.weight, self.output.bias, self.px_r),
+            *(self.library_of(x.library()), x, factor),
             generative=self.config.generative,
+            row_bias=row_bias,
         )
 
     def kl(self, qz: Normal, y: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from rayvaec.errors import ModelError, RayvaecError
 from rayvaec.files import whole_output, write_json
@@ -81,10 +81,9 @@ def save_model(
     """
     with whole_output(path, overwrite) as partial:
         partial.mkdir()
-        save_file(
-            {name: value.cpu().contiguous() for name, value in module.state_dict().items()},
-            partial / WEIGHTS,
-        )
+        weights = {name: value.cpu().contiguous() for name, value in module.state_dict().items()}
+        # Not save_file, which makes a file that nobody but its owner may read.
+        (partial / WEIGHTS).write_bytes(save(weights))
         config = {"format_version": FORMAT_VERSION, **module.config.to_json()}
         write_json(partial / CONFIG, config)
         write_json(partial / REGISTRY, registry)
