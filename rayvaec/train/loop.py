@@ -10,11 +10,14 @@ import math
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -27,9 +30,10 @@ from rayvaec.train.artefacts import save_best, save_last
 from rayvaec.train.checkpoint import RunState, checkpoint_name, read_checkpoint, write_checkpoint
 from rayvaec.train.config import TrainConfig
 from rayvaec.train.metrics import append_record, cut_records, write_progress
+from rayvaec.train.noise import CellNoise
 from rayvaec.train.ranks import Ranks
 from rayvaec.train.replica import Replica, as_tensors, build_module
-from rayvaec.train.schedule import kl_weight, learning_rate, noise_seed
+from rayvaec.train.schedule import kl_weight, learning_rate
 from rayvaec.train.validation import validation_elbo
 
 CLOCK_STEPS = 16
@@ -93,12 +97,11 @@ class TrainLoop:
         self.optimizer = _adam(self.module, self.config)
         self.loader = _loader(self.config, self.store, ranks)
         self.state = self._restore()
+        self.noise = CellNoise(self.config.seed, self.module)
         self.model = _replicated(self.module, ranks)
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
         self._waited = 0.0
-        now = time.monotonic()
-        self._began, self._epoch_began = now - self.state.seconds, now - self.state.epoch_seconds
-        self._last_checkpoint = self._last_progress = now
+        self._began = self._epoch_began = self._last_checkpoint = self._last_progress = 0.0
 
     def run(self) -> dict[str, Any]:
         """Train until the end.
@@ -114,6 +117,9 @@ class TrainLoop:
             If loss or gradient stop being finite; the last good model is kept.
         """
         self.model.train()
+        self._warm_up()
+        now = time.monotonic()
+        self._began, self._last_checkpoint, self._last_progress = now - self.state.seconds, now, now
         while not self.stopped:
             self._train_epoch()
             self._close_epoch()
@@ -152,12 +158,8 @@ class TrainLoop:
         state, config, ranks = self.state, self.config, self.ranks
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(state.step)
-        # Dropout draws from the global generator; seeding every step makes a step repeatable.
-        torch.manual_seed(noise_seed(config.seed, state.step, ranks.rank))
         self.optimizer.zero_grad(set_to_none=True)
-        loss, per_cell = self.model(
-            *as_tensors(minibatch, self.module), self._kl(state.step), minibatch.n_global
-        )
+        loss, per_cell = self._loss(minibatch, minibatch.cells, minibatch.n_global)
         loss.backward()
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm = get_total_norm(gradients)
@@ -173,6 +175,24 @@ class TrainLoop:
         own_sum = loss.detach().double() * (minibatch.n_global / ranks.world_size)
         self._loss_sum += own_sum
         return own_sum
+
+    def _loss(self, rows: Any, cells: NDArray[np.int64], n_global: int) -> tuple[Tensor, Tensor]:
+        step = self.state.step
+        tensors, noise = as_tensors(rows, self.module), self.noise.at(step, cells)
+        loss, per_cell = self.model(*tensors, noise, self._kl(step), n_global)
+        return loss, per_cell
+
+    def _warm_up(self) -> None:
+        """Compute a gradient and forget it: what comes before the first step.
+
+        DDP arranges its buckets anew after the first gradient it sees. More than two workers then
+        add in another order; here it happens before the first step, and before the first one
+        after a resume, so that both end with the same bits. Kernels are compiled here too.
+        """
+        cells = np.arange(min(self.config.batch_size, self.store.n_train))
+        loss, _ = self._loss(self.store.read(0, len(cells)), cells, len(cells))
+        loss.backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _between_steps(self, loss: Tensor, n_global: int) -> None:
         """Log, show progress and take a checkpoint where one of them is due."""
@@ -319,12 +339,10 @@ def _replicated(module: Any, ranks: Ranks) -> torch.nn.Module:
     replica = Replica(module, ranks.world_size)
     if ranks.world_size == 1:
         return replica
-    return DistributedDataParallel(
-        replica,
-        device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-        # Without it DDP rearranges its buckets after the first step. More than two workers would
-        # then add in another order right after a resume, and end with other bits.
-        find_unused_parameters=True,
-    )
+    # The only buffer, the weights of labels, never changes.
+    names = signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    arguments: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
+    if ranks.device.type == "cuda":
+        arguments["device_ids"] = [ranks.device]
+    return DistributedDataParallel(replica, **arguments)

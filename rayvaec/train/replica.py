@@ -104,6 +104,7 @@ class Replica(nn.Module):
         x: CsrCounts,
         y: Tensor,
         batch_index: Tensor | None,
+        noise: Tensor,
         kl_weight: float,
         n_global: int,
     ) -> tuple[Tensor, Tensor]:
@@ -115,6 +116,8 @@ class Replica(nn.Module):
             Raw counts of this worker's share, n_cells x n_input; may be empty.
         y, batch_index : Tensor[n_cells, 1], int64
             Label and batch codes.
+        noise : Tensor[n_noise, n_cells, n_latent]
+            Standard normal noise.
         kl_weight : float
             Weight of the Kullback-Leibler term.
         n_global : int
@@ -132,8 +135,9 @@ class Replica(nn.Module):
             # A worker without cells takes part in the all-reduce with zero gradients.
             zero = torch.stack([p.sum() for p in self.parameters()]).sum() * 0.0
             return zero, zero.detach().new_empty(0)
+        divisor = n_global / self.world_size
         output = self.module.minibatch_loss(
-            x, y, batch_index, kl_weight=kl_weight, divisor=n_global / self.world_size
+            x, y, batch_index, kl_weight=kl_weight, divisor=divisor, noise=noise
         )
         return output.loss, output.reconstruction_loss + kl_weight * output.kl_local
 

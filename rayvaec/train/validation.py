@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 import torch
 
 from rayvaec.data.store import Rows, Store
 from rayvaec.model.vaec import VAEC
+from rayvaec.train.noise import latent_noise
 from rayvaec.train.ranks import Ranks
 from rayvaec.train.replica import as_tensors
 from rayvaec.train.schedule import noise_seed
 
 BLOCK_ROWS = 512
-"""Part of the result: the noise of z is keyed by the block that a cell lies in."""
 
 
 @torch.no_grad()
@@ -23,8 +24,8 @@ def validation_elbo(
 ) -> float | None:
     """Return the mean evidence lower bound of the store's validation cells.
 
-    Blocks of cells are dealt to the workers; each block's noise depends on the seed and its place
-    in the store alone, so epochs and runs are compared under the same noise.
+    Blocks of cells are dealt to the workers. A cell's noise depends on the seed and its place in
+    the store alone, so that epochs and runs are compared under the same noise.
 
     Parameters
     ----------
@@ -54,8 +55,9 @@ def validation_elbo(
     starts = range(rows.start, stop, BLOCK_ROWS)[ranks.rank :: ranks.world_size]
     for start, block in _read_ahead(store, starts, stop):
         x, y, batch_index = as_tensors(block, module)
-        noise = torch.Generator(ranks.device).manual_seed(noise_seed(seed, "validation", start))
-        output = module.minibatch_loss(x, y, batch_index, generator=noise)
+        cells = np.arange(start, start + len(block))
+        noise = latent_noise(module, noise_seed(seed, "validation"), cells, 0)
+        output = module.minibatch_loss(x, y, batch_index, noise=noise)
         total -= float((output.reconstruction_loss + output.kl_local).double().sum())
     module.train(was_training)
     return ranks.sums(total)[0] / (stop - rows.start)

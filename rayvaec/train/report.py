@@ -1,0 +1,152 @@
+"""What a person sees of a run: a line an epoch while it goes on, a page afterwards."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+from typing import Any, Self
+
+from rayvaec.progress import Progress
+from rayvaec.train.artefacts import BEST, LAST
+from rayvaec.train.config import TrainConfig, read_config
+from rayvaec.train.metrics import read_epochs, read_progress
+from rayvaec.train.run import read_run
+
+logger = logging.getLogger("rayvaec")
+POLL_SECONDS = 0.5
+
+
+def epoch_line(record: dict[str, Any], max_epochs: int | None) -> str:
+    """Say in one line what an epoch brought.
+
+    Parameters
+    ----------
+    record : dict
+        A record of metrics.jsonl that closes an epoch.
+    max_epochs : int, optional
+        Epochs that the run takes at most.
+
+    Returns
+    -------
+    str
+    """
+    elbo = "" if record["val_elbo"] is None else f", validation ELBO {record['val_elbo']:.2f}"
+    best = " (best)" if record["best"] else ""
+    return (
+        f"epoch {record['epoch']} of {max_epochs}: train loss {record['train_loss']:.2f}"
+        f"{elbo}{best}, {record['cells_per_second']:,.0f} cells/s, {record['time']:.1f} s"
+    )
+
+
+class Follower:
+    """Show how far a run is, from the files that its first worker writes.
+
+    Parameters
+    ----------
+    run : Path
+        The run folder, seen from here and from the worker.
+    config : TrainConfig
+        The run's configuration.
+    n_train : int
+        Cells of an epoch.
+    """
+
+    def __init__(self, run: Path, config: TrainConfig, n_train: int) -> None:
+        self._run, self._config, self._n_train = run, config, n_train
+        self._epoch = len(read_epochs(run))
+        self._cells = self._epoch * n_train
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="rayvaec-follow", daemon=True)
+        left = (config.max_epochs or 0) - self._epoch
+        self._progress = Progress(max(left, 0) * n_train, "cells", "training")
+
+    def __enter__(self) -> Self:
+        self._progress.__enter__()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._progress.__exit__(*exc_info)
+
+    def _follow(self) -> None:
+        while not self._over.wait(POLL_SECONDS):
+            self._look()
+        self._look()
+
+    def _look(self) -> None:
+        note = ""
+        # A run that lost a worker goes back a little; nothing is shown until it is as far again.
+        for record in read_epochs(self._run):
+            if record["epoch"] > self._epoch:
+                self._epoch = record["epoch"]
+                logger.info("%s", epoch_line(record, self._config.max_epochs))
+            if record["val_elbo"] is not None:
+                note = f"epoch {record['epoch']}, ELBO {record['val_elbo']:.2f}"
+        within = read_progress(self._run) or {"cells": 0}
+        cells = max(self._epoch * self._n_train, within["cells"])
+        if cells > self._cells:
+            self._progress.advance(cells - self._cells, note)
+            self._cells = cells
+
+
+def describe_run(path: Path) -> str:
+    """Describe a run: what was trained, how it went, where the model is, what to do next.
+
+    Parameters
+    ----------
+    path : Path
+        A run folder.
+
+    Returns
+    -------
+    str
+        Several lines.
+
+    Raises
+    ------
+    StoreError
+        If the folder is not a run's.
+    """
+    path = Path(path)
+    info, config, epochs = read_run(path), read_config(path), read_epochs(path)
+    status = "running, or killed" if info.status == "running" else info.status
+    lines = [
+        f"run         {path}",
+        f"status      {status}, started {info.created}",
+        f"store       {info.store} ({info.store_hash[:12]})",
+        f"epochs      {len(epochs)} of {config.max_epochs}",
+    ]
+    if epochs:
+        lines += _course(epochs)
+    lines += [
+        f"model       {config.n_layers} x {config.n_hidden} hidden, {config.n_latent} latent",
+        f"recipe      batch size {config.batch_size}, lr {config.lr:g}, seed {config.seed}",
+        *(f"{name:<11} {path / name}" for name in (BEST, LAST) if (path / name).is_dir()),
+        *_next_commands(path, info.status, info.store),
+    ]
+    return "\n".join(lines)
+
+
+def _course(epochs: list[dict[str, Any]]) -> list[str]:
+    last = epochs[-1]
+    first_loss, last_loss = epochs[0]["train_loss"], last["train_loss"]
+    lines = [f"train loss  {first_loss:.2f} in epoch 1, {last_loss:.2f} in epoch {last['epoch']}"]
+    judged = [record for record in epochs if record["val_elbo"] is not None]
+    if judged:
+        best = max(judged, key=lambda record: record["val_elbo"])
+        lines.append(f"best ELBO   {best['val_elbo']:.2f} nats a cell, in epoch {best['epoch']}")
+    speed = f"{last['cells_per_second']:,.0f} cells/s, {last['num_workers']} workers"
+    return [*lines, f"speed       {speed}, {last['time']:.1f} s in all"]
+
+
+def _next_commands(path: Path, status: str, store: str) -> list[str]:
+    commands = []
+    if status != "finished":
+        commands.append(f"rayvaec train {store} --out {path} --resume")
+    if (path / BEST).is_dir():
+        commands.append(f"rayvaec sample {path / BEST} {store} --out OUT.zarr --n-samples 1")
+        commands.append(f"rayvaec serve {path / BEST}")
+    return [f"next        {command}" for command in commands]

@@ -1,0 +1,260 @@
+"""What the driver does: checks, resources, TorchTrainer, progress, and the end of a run."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rayvaec.data.store import Store, open_store
+from rayvaec.errors import ConfigError, RayvaecError, StoreError
+from rayvaec.files import remove
+from rayvaec.runtime import check_cpus, check_gpus, check_paths, ray_session
+from rayvaec.train import run as folder
+from rayvaec.train.artefacts import BEST, LAST
+from rayvaec.train.checkpoint import drop_old_checkpoints
+from rayvaec.train.config import TrainConfig
+from rayvaec.train.report import Follower
+
+CHECKPOINTS_KEPT = 2
+MOST_THREADS = 8
+"""CPUs that a worker gets by default, at most: a VAEC's layers are too small to use more."""
+RAY_SETTINGS = {
+    # How often the controller looks: checkpoints are taken over, and lost workers noticed, at
+    # this pace.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a training came to.
+
+    Parameters
+    ----------
+    run, model, last : Path
+        The run folder, its best and its last model.
+    epochs, best_epoch : int
+        Finished epochs, and the best of them, from 1.
+    best_elbo : float or None
+        Its validation ELBO in nats a cell; None for a store without validation cells.
+    stopped : str
+        ``"max_epochs"`` or ``"patience"``.
+    seconds : float
+        Time spent on training, over all resumes.
+    startup_seconds : float
+        From the call to the first step: Ray, workers, imports.
+    """
+
+    run: Path
+    model: Path
+    last: Path
+    epochs: int
+    best_epoch: int
+    best_elbo: float | None
+    stopped: str
+    seconds: float
+    startup_seconds: float
+
+
+def train(
+    store: Path | str,
+    out: Path | str,
+    config: TrainConfig | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> RunResult:
+    """Train a model on a store.
+
+    Joins the Ray that is connected or that RAY_ADDRESS names; starts a local one otherwise.
+
+    Parameters
+    ----------
+    store : Path or str
+        The training store.
+    out : Path or str
+        The run folder.
+    config : TrainConfig, optional
+        How to train; by default the default recipe or, with `resume`, what the run was started
+        with.
+    resume : bool
+        Go on with the run in `out` from its last checkpoint.
+    overwrite : bool
+        Replace a run that stands in `out`.
+
+    Returns
+    -------
+    RunResult
+
+    Raises
+    ------
+    StoreError
+        If the store cannot be trained on, `out` is in the way, or there is nothing to resume.
+    ConfigError
+        If the configuration contradicts the resumed run, or asks for more CPUs or GPUs than
+        there are.
+    RayvaecError
+        If the training failed: a loss that is not finite, workers lost too often.
+    """
+    called = time.time()
+    opened, out = open_store(store), Path(out).absolute()
+    if opened.n_train < 1:
+        raise StoreError(
+            f"the store {opened.path} has no training cells",
+            "prepare it again with a smaller --val-fraction",
+        )
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other", "give one of them")
+    if resume:
+        config = folder.check_resumable(out, opened, config)
+    else:
+        folder.check_new(out, overwrite)
+    config = (config or TrainConfig()).resolved(opened.n_train)
+    with ray_session():
+        cpus = _check_resources(config)
+        check_paths([opened.path], [out])
+        resume_from = None
+        if resume:
+            resume_from = folder.begin_again(out, config)
+        else:
+            folder.begin(out, opened, config)
+        summary = _fit_and_follow(opened, out, config, cpus, resume_from)
+    drop_old_checkpoints(out / folder.CHECKPOINTS, CHECKPOINTS_KEPT)
+    return RunResult(
+        out,
+        out / BEST,
+        out / LAST,
+        epochs=summary["epoch"],
+        best_epoch=summary["best_epoch"],
+        best_elbo=summary["best_elbo"],
+        stopped=summary["stopped"],
+        seconds=summary["seconds"],
+        startup_seconds=summary["started_at"] - called,
+    )
+
+
+def share_of_cpus(
+    nodes: Sequence[tuple[float, float]], num_workers: int, use_gpu: bool = False
+) -> int:
+    """Return the most CPUs that every worker can have on the nodes there are.
+
+    Parameters
+    ----------
+    nodes : sequence of (float, float)
+        CPUs and GPUs of each node.
+    num_workers : int
+        Workers to be placed.
+    use_gpu : bool
+        Whether each needs a GPU of its node as well.
+
+    Returns
+    -------
+    int
+        From 1 to `MOST_THREADS`; 1 also where they do not fit at all.
+    """
+
+    def places(cpus_each: int) -> int:
+        return sum(int(min(cpus // cpus_each, gpus if use_gpu else cpus)) for cpus, gpus in nodes)
+
+    fitting = [n for n in range(1, MOST_THREADS + 1) if places(n) >= num_workers]
+    return max(fitting, default=1)
+
+
+def _check_resources(config: TrainConfig) -> int:
+    """Refuse what Ray would wait for in vain; return the CPUs of each worker."""
+    import ray
+
+    if config.use_gpu:
+        check_gpus(config.num_workers, f"{config.num_workers} workers")
+    nodes = [
+        (node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    cpus = config.cpus_per_worker or share_of_cpus(nodes, config.num_workers, config.use_gpu)
+    each = f" with {cpus} CPUs each" if cpus > 1 else ""
+    check_cpus(config.num_workers * cpus, f"{config.num_workers} workers{each}")
+    return cpus
+
+
+def _fit_and_follow(
+    store: Store, out: Path, config: TrainConfig, cpus: int, resume_from: Path | None
+) -> dict[str, Any]:
+    """Run the workers, show how far they are, and note how the run ended."""
+    status, summary = "failed", None
+    try:
+        with Follower(out, config, store.n_train):
+            summary = _fit(store, out, config, cpus, resume_from)
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    finally:
+        folder.end(out, status, summary)
+        if status == "failed" and not folder.has_results(out):
+            remove(out)
+    return summary
+
+
+def _fit(
+    store: Store, out: Path, config: TrainConfig, cpus: int, resume_from: Path | None
+) -> dict[str, Any]:
+    import ray.train
+    import ray.train.torch
+
+    from rayvaec.train.verdict import StopOnOwnError, as_own_error
+    from rayvaec.train.worker import train_worker
+
+    api: Any = ray.train  # Ray's annotations are those of Train V1
+    trainer = api.torch.TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "store": str(store.path),
+            "run": str(out),
+            "config": config.to_json(),
+            "resume_from": None if resume_from is None else str(resume_from),
+        },
+        torch_config=api.torch.TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
+        scaling_config=api.ScalingConfig(
+            num_workers=config.num_workers,
+            use_gpu=config.use_gpu,
+            resources_per_worker={"CPU": cpus, **({"GPU": 1} if config.use_gpu else {})},
+        ),
+        run_config=api.RunConfig(
+            name=folder.CHECKPOINTS,
+            storage_path=str(out),
+            checkpoint_config=api.CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
+            # Without a limit Ray would try for ever to start workers that do not fit.
+            failure_config=api.FailureConfig(
+                max_failures=config.max_failures, controller_failure_limit=5
+            ),
+            callbacks=[StopOnOwnError()],
+        ),
+    )
+    try:
+        with _ray_settings():
+            result = trainer.fit()
+    except api.TrainingFailedError as error:
+        raise as_own_error(error) from error
+    if result.return_value is None:
+        raise RayvaecError(f"the training in {out} ended without a result", "--resume it")
+    return dict(result.return_value)
+
+
+@contextmanager
+def _ray_settings() -> Iterator[None]:
+    """Set what Ray Train reads from the environment, where the user has not, for a while."""
+    added = {name: value for name, value in RAY_SETTINGS.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
