@@ -28,7 +28,7 @@ class PartitionInfo:
         Every file's path inside the partition, in sorted order, and ``sha256:`` with the SHA-256
         of its bytes in hexadecimal digits.
     checksum : str
-        ``sha256:`` with the SHA-256 over all of `files`, as `files_checksum` computes it.
+        ``sha256:`` with the SHA-256 over all of `files`, as `checksums.joint_checksum` computes it.
     """
 
     name: str
@@ -58,24 +58,6 @@ class PartitionInfo:
             files=files,
             checksum=str(value["checksum"]),
         )
-
-
-def files_checksum(files: Mapping[str, str]) -> str:
-    """Return one checksum over many files.
-
-    Parameters
-    ----------
-    files : mapping of str to str
-        Path and checksum (``sha256:...``) of every file.
-
-    Returns
-    -------
-    str
-        ``sha256:`` and the digest over the lines ``<digest>  <path>`` in the order of the paths:
-        what ``sha256sum`` prints for them.
-    """
-    lines = (f"{files[path].removeprefix('sha256:')}  {path}\n" for path in sorted(files))
-    return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
 
 
 @dataclass(frozen=True)

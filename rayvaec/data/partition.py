@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from rayvaec.data.checksums import folder_checksums, joint_checksum
 from rayvaec.data.elements import create_anndata, write_csr, write_frame
-from rayvaec.data.manifest import Manifest, PartitionInfo, files_checksum
+from rayvaec.data.manifest import Manifest, PartitionInfo
 from rayvaec.data.registry import Registry
 from rayvaec.errors import ConfigError
 from rayvaec.files import write_json
@@ -164,26 +164,10 @@ def write_partition(
         columns[registry.batch_key] = (cells.batches, registry.batches)
     write_frame(root, "obs", cells.names, columns)
     write_frame(root, "var", registry.genes, {})
-    files = file_checksums(folder / name)
+    files = folder_checksums(folder / name)
     return PartitionInfo(
-        name=name, n_cells=n_cells, nnz=nnz, files=files, checksum=files_checksum(files)
+        name=name, n_cells=n_cells, nnz=nnz, files=files, checksum=joint_checksum(files)
     )
-
-
-def file_checksums(folder: Path) -> dict[str, str]:
-    """Return path and ``sha256:<digest>`` of every file below a folder, sorted by path."""
-    paths = sorted(path.relative_to(folder).as_posix() for path in _files(folder))
-    return {path: file_checksum(folder / path) for path in paths}
-
-
-def file_checksum(path: Path) -> str:
-    """Return ``sha256:`` and the SHA-256 of a file's bytes in hexadecimal digits."""
-    with path.open("rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
-
-
-def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayvaec.data.blobs import Blobs, LocalBlobs
+from rayvaec.data.checksums import file_checksum
 from rayvaec.data.manifest import Manifest, PartitionInfo
-from rayvaec.data.partition import file_checksum
 from rayvaec.data.registry import Registry
 from rayvaec.data.shards import Vector, open_vector
 from rayvaec.errors import StoreError
