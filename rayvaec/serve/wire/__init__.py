@@ -16,6 +16,7 @@ the seed, the model's hash and `rows`, the number of rows that a whole answer ha
 
 from __future__ import annotations
 
+from rayvaec.serve.wire.annotated import Form, cells_of, moments_as, rows_as
 from rayvaec.serve.wire.answers import (
     AnswerStream,
     DrawnRows,
@@ -28,6 +29,7 @@ from rayvaec.serve.wire.cells import (
     RawCells,
     decode_cells,
     encode_cells,
+    encode_new_cells,
     number_column,
     read_table,
     text_column,
@@ -41,15 +43,20 @@ __all__ = [
     "METADATA_KEY",
     "AnswerStream",
     "DrawnRows",
+    "Form",
     "RawCells",
+    "cells_of",
     "decode_cells",
     "dense_schema",
     "draws_schema",
     "encode_cells",
     "encode_dense",
     "encode_draws",
+    "encode_new_cells",
+    "moments_as",
     "number_column",
     "read_table",
+    "rows_as",
     "stream_start",
     "text_column",
 ]

@@ -47,7 +47,7 @@ def encode_cells(cells: RawCells, parameters: Mapping[str, Any]) -> bytes:
     Parameters
     ----------
     cells : RawCells
-        Whole, non-negative indices and counts below 2**31.
+        Counts that are no whole numbers below 2**31 are sent as they are, for the server to name.
     parameters : mapping
         The request's other fields, JSON-able.
 
@@ -55,16 +55,57 @@ def encode_cells(cells: RawCells, parameters: Mapping[str, Any]) -> bytes:
     -------
     bytes
     """
-    offsets = cells.indptr.astype(np.int32)
+    offsets, counts = cells.indptr.astype(np.int32), cells.counts
+    with np.errstate(invalid="ignore"):  # NaN and infinity, which then differ
+        whole = counts.astype(np.int32)
     columns: dict[str, Any] = {
         "label": pa.array(cells.labels, pa.string()),
         "gene": pa.ListArray.from_arrays(offsets, pa.array(cells.indices.astype(np.int32))),
-        "count": pa.ListArray.from_arrays(offsets, pa.array(cells.counts.astype(np.int32))),
+        "count": pa.ListArray.from_arrays(
+            offsets, pa.array(whole if np.array_equal(whole, counts) else counts)
+        ),
     }
-    if cells.batches is not None:
-        columns["batch"] = pa.array(cells.batches, pa.string())
-    if cells.cell_ids is not None:
-        columns["cell_id"] = pa.array(cells.cell_ids, pa.string())
+    return _stream(columns, cells.batches, cells.cell_ids, parameters)
+
+
+def encode_new_cells(
+    labels: Sequence[str],
+    library: NDArray[np.float64],
+    batches: Sequence[str | None] | None,
+    cell_ids: Sequence[str | None] | None,
+    parameters: Mapping[str, Any],
+) -> bytes:
+    """Write a request for new cells as an IPC stream.
+
+    Parameters
+    ----------
+    labels : sequence of str
+        One per cell.
+    library : array[n_cells] of float64
+        Expected total counts.
+    batches, cell_ids : sequence of str, optional
+        One per cell.
+    parameters : mapping
+        The request's other fields, JSON-able.
+
+    Returns
+    -------
+    bytes
+    """
+    columns = {"label": pa.array(labels, pa.string()), "library": pa.array(library, pa.float64())}
+    return _stream(columns, batches, cell_ids, parameters)
+
+
+def _stream(
+    columns: dict[str, Any],
+    batches: Sequence[str | None] | None,
+    cell_ids: Sequence[str | None] | None,
+    parameters: Mapping[str, Any],
+) -> bytes:
+    if batches is not None:
+        columns["batch"] = pa.array(batches, pa.string())
+    if cell_ids is not None:
+        columns["cell_id"] = pa.array(cell_ids, pa.string())
     batch = pa.record_batch(columns)
     schema = batch.schema.with_metadata({METADATA_KEY: json.dumps(dict(parameters)).encode()})
     return b"".join([stream_start(schema), bytes(batch.serialize()), END_OF_STREAM])

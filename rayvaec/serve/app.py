@@ -1,0 +1,332 @@
+"""The endpoint on Ray Serve: the deployment, its builder for Serve's config files, and `run`."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shlex
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+
+from rayvaec.errors import ConfigError, RayvaecError
+from rayvaec.infer.trained import TrainedModel, load_model
+from rayvaec.runtime import ray_session
+from rayvaec.serve.auth import TOKEN_VARIABLE, check_bind, token_digest
+from rayvaec.serve.limits import Limits
+from rayvaec.serve.routes import create_app
+from rayvaec.serve.service import Service
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+NAME = "rayvaec"
+HEALTH_PLACES = 64
+"""Requests that reach a replica beyond those its gate lets in: health checks, and refusals."""
+
+
+class ServeArgs(BaseModel):
+    """What `build` needs; the `args` of an application in a Serve config file.
+
+    Parameters
+    ----------
+    model : str
+        Folder of the saved model, as every node sees it.
+    token_file : str, optional
+        File with the token, as every node sees it; by default RAYVAEC_TOKEN of the replicas.
+    token_sha256 : str, optional
+        SHA-256 of the token, in place of the token itself.
+    num_replicas : int
+        Processes that hold the model and answer requests.
+    cpus_per_replica : float
+        CPUs that Ray sets aside for each; a replica draws on so many threads.
+    use_gpu : bool
+        Whether each takes a GPU.
+    limits : Limits
+        Bounds on requests, per replica.
+    """
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    model: str
+    token_file: str | None = None
+    token_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    num_replicas: int = Field(1, ge=1)
+    cpus_per_replica: float = Field(1.0, gt=0)
+    use_gpu: bool = False
+    limits: Limits = Limits()
+
+
+@serve.ingress()
+class Endpoint:
+    """A replica: it is routed to once its model is loaded and its kernels are compiled.
+
+    Parameters
+    ----------
+    args : ServeArgs
+        Where the model is and how to serve it.
+    """
+
+    def __init__(self, args: ServeArgs) -> None:
+        import torch
+
+        torch.set_num_threads(max(int(args.cpus_per_replica), 1))
+        self._token_digest = args.token_sha256 or token_digest(args.token_file)
+        model = load_model(args.model, "cuda" if args.use_gpu else "cpu")
+        self._service = Service(model, args.limits)
+        self._service.warm_up()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Return the application; Ray Serve calls this once the model is loaded."""
+        # The proxy in front adds X-Request-ID to every answer.
+        return create_app(self._service, self._token_digest, behind_proxy=True)
+
+
+def build(args: ServeArgs) -> serve.Application:
+    """Build the Serve application; ``import_path: rayvaec.serve.app:build`` in a config file.
+
+    Parameters
+    ----------
+    args : ServeArgs
+        Where the model is and how to serve it.
+
+    Returns
+    -------
+    serve.Application
+    """
+    resources: dict[str, Any] = {"num_cpus": args.cpus_per_replica}
+    if args.use_gpu:
+        resources["num_gpus"] = 1
+    return serve.deployment(
+        name="Endpoint",
+        num_replicas=args.num_replicas,
+        ray_actor_options=resources,
+        # The gate within refuses with a reason; Serve's own queue is the wall behind it.
+        max_ongoing_requests=args.limits.max_requests + HEALTH_PLACES,
+        max_queued_requests=16 * args.limits.max_requests,
+        backpressure_config={"status_code": 429, "retry_after_s": 1.0},
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=args.limits.timeout_s + 60.0,
+        max_constructor_retry_count=3,
+    )(Endpoint).bind(args)
+
+
+def run(
+    model: str | Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    num_replicas: int = 1,
+    use_gpu: bool = False,
+    token_file: str | Path | None = None,
+) -> None:
+    """Serve a model until SIGINT or SIGTERM; requests in work are finished before it returns.
+
+    Parameters
+    ----------
+    model : str or Path
+        Folder of the saved model.
+    host : str
+        Address to listen on; any but a loopback address needs a token.
+    port : int
+        Port to listen on, 0 for any that is free.
+    num_replicas : int
+        Processes that hold the model and answer requests.
+    use_gpu : bool
+        Whether each replica takes a GPU.
+    token_file : str or Path, optional
+        File with the token that requests need; by default RAYVAEC_TOKEN, if it is set.
+
+    Raises
+    ------
+    ConfigError
+        If the address may not or cannot be listened on, or Ray has too few CPUs or GPUs.
+    ModelError
+        If there is no model at `model`.
+    RayvaecError
+        If the replicas do not start.
+    """
+    path = Path(model).resolve()
+    trained = load_model(path)
+    digest = token_digest(token_file)
+    check_bind(host, digest is not None)
+    if "RAY_ADDRESS" not in os.environ:
+        port = check_port(host, port)
+    with _stopped_by_signals() as stopped:
+        print(f"loading {path} on {num_replicas} replica(s)", flush=True)
+        try:
+            with ray_session():
+                _take_signals(stopped)  # Ray puts its own handler for SIGTERM
+                args = ServeArgs(
+                    model=str(path),
+                    token_sha256=digest,
+                    num_replicas=num_replicas,
+                    cpus_per_replica=_cpus_per_replica(num_replicas, use_gpu),
+                    use_gpu=use_gpu,
+                )
+                with _deployed(args, host, port):
+                    _announce(trained, host, port, digest is not None)
+                    stopped.wait()
+                    print("stopping: finishing the requests in work", flush=True)
+        except _StoppedEarly:
+            print("stopped before the endpoint was ready", flush=True)
+
+
+def check_port(host: str, port: int) -> int:
+    """Refuse an address that cannot be listened on, before anything is started.
+
+    Parameters
+    ----------
+    host : str
+        Address to listen on.
+    port : int
+        Port to listen on, 0 for any that is free.
+
+    Returns
+    -------
+    int
+        The port, a free one for 0.
+
+    Raises
+    ------
+    ConfigError
+        If the port is taken, may not be used, or the address is not this machine's.
+    """
+    if not 0 <= port < 2**16:
+        raise ConfigError(f"--port {port} is no port", "give a number from 0 to 65535")
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                fix = "stop what listens there, or choose another --port"
+                raise ConfigError(f"port {port} on {host} is in use", fix) from error
+            raise ConfigError(
+                f"cannot listen on {host} port {port} ({error.strerror})",
+                "give an address of this machine and a port above 1023",
+            ) from error
+        return probe.getsockname()[1]
+
+
+def _cpus_per_replica(num_replicas: int, use_gpu: bool) -> float:
+    """Share out the CPUs of a local Ray; of a cluster, one a replica."""
+    import ray
+
+    have = ray.cluster_resources()
+    cpus, gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
+    if num_replicas < 1:
+        raise ConfigError(f"--num-replicas {num_replicas} serves nothing", "give 1 or more")
+    if num_replicas > cpus:
+        raise ConfigError(
+            f"--num-replicas {num_replicas} needs as many CPUs and Ray has {cpus:g}",
+            f"use {max(int(cpus), 1)} or fewer, or a larger cluster",
+        )
+    if use_gpu and num_replicas > gpus:
+        raise ConfigError(
+            f"--use-gpu with --num-replicas {num_replicas} needs as many GPUs and Ray has {gpus:g}",
+            "use fewer replicas, or leave --use-gpu out",
+        )
+    return 1.0 if "RAY_ADDRESS" in os.environ else float(cpus // num_replicas)
+
+
+@contextmanager
+def _deployed(args: ServeArgs, host: str, port: int) -> Iterator[None]:
+    """Run a block with the endpoint up; take it down afterwards, requests in work first."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(
+        proxy_location="EveryNode" if "RAY_ADDRESS" in os.environ else "HeadOnly",
+        http_options={"host": host, "port": port},
+    )
+    try:
+        try:
+            serve.run(build(args), name=NAME, route_prefix="/")
+        except RuntimeError as error:
+            raise RayvaecError(
+                f"the replicas did not start: {_last_line(error)}",
+                "see the Serve logs of Ray's session",
+            ) from error
+        yield
+    finally:
+        # Serve itself ends with the Ray that was started for it; that of a cluster stays.
+        try:
+            serve.delete(NAME)
+        except TimeoutError:
+            print("requests were still in work after 60 s and are cut", flush=True)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
+
+
+class _StoppedEarly(BaseException):
+    """A signal came before the endpoint was ready."""
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[_Stop]:
+    """Give an object that waits for SIGINT or SIGTERM; put the former handlers back at the end."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    stopped = _Stop()
+    _take_signals(stopped)
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _take_signals(stopped: _Stop) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stopped)
+
+
+class _Stop:
+    """A handler of signals: it ends `wait`, or what comes before `wait`."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._waiting = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        first = not self._event.is_set()
+        self._event.set()
+        if first and not self._waiting:
+            raise _StoppedEarly
+
+    def wait(self) -> None:
+        """Return once a signal has come."""
+        self._waiting = True
+        self._event.wait()
+
+
+def _announce(model: TrainedModel, host: str, port: int, token: bool) -> None:
+    """Say where the endpoint is and show a request that works."""
+    address = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(host, host)  # noqa: S104
+    url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+    label = (model.registry.labels or ("",))[0]
+    body = f'{{"label": {_json_string(label)}, "n_cells": 1, "library": 1000, "seed": 0}}'
+    header = f' -H "Authorization: Bearer ${TOKEN_VARIABLE}"' if token else ""
+    print(
+        f"ready: {url} ({model.registry.n_genes} genes, {model.registry.n_labels} labels)\n"
+        f"docs:  {url}/docs\n"
+        f"try:   curl -s {url}/v1/generate{header} -H 'Content-Type: application/json' "
+        f"-d {shlex.quote(body)}",
+        flush=True,
+    )
+
+
+def _json_string(text: str) -> str:
+    import json
+
+    return json.dumps(text)
