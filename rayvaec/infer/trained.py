@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
+from rayvaec.data.names import listing
 from rayvaec.data.registry import Registry
 from rayvaec.errors import ConfigError, CountsError, ModelError
 from rayvaec.infer import posterior
@@ -59,6 +60,22 @@ class TrainedModel:
                 f"registry has {self.registry.n_genes} and {self.registry.n_labels}",
                 "copy the model folder again",
             )
+
+    def describe(self) -> str:
+        """Return what the model is, in a few lines for a person."""
+        config, registry = self.module.config, self.registry
+        lines = {
+            "model": f"VAEC, {config.generative} form, hash {self.hash[:12]}",
+            "genes": f"{registry.n_genes}: {listing(registry.genes, 3)}",
+            "labels": f"{registry.n_labels} in {registry.labels_key}: {listing(registry.labels)}",
+            "batches": f"{registry.n_batches} in {registry.batch_key}: {listing(registry.batches)}",
+            "network": f"{config.n_layers} x {config.n_hidden} hidden, {config.n_latent} latent",
+            **{name: _shown(value) for name, value in self.provenance.items()},
+        }
+        if not registry.batches:
+            del lines["batches"]
+        width = max(map(len, lines)) + 2
+        return "\n".join(f"{name:{width}}{text}" for name, text in lines.items())
 
     def cells(
         self,
@@ -206,6 +223,12 @@ class TrainedModel:
             rows = np.repeat(np.arange(len(cells)), np.diff(draws.indptr))
             counts[rows, draws.indices, i] = draws.counts
         return counts
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {item}" for name, item in value.items() if item is not None)
+    return str(value)
 
 
 def check_draws(n_samples: int, seed: int) -> None:
