@@ -13,7 +13,7 @@ import secrets
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -168,36 +168,54 @@ def _available(kind: str) -> float:
     return max(now, float(os.environ.get(f"RAYVAEC_MAX_{kind}S", "0")))
 
 
-def check_paths(inputs: Sequence[Path] = (), outputs: Sequence[Path] = ()) -> None:
-    """Refuse paths that the work's other processes would not find; call it with Ray connected.
+def check_job_paths(paths: Iterable[Path]) -> None:
+    """Refuse relative paths in a submitted job, whose working folder is a copy that goes away.
+
+    Parameters
+    ----------
+    paths : iterable of Path
+        What the job reads and writes.
+
+    Raises
+    ------
+    ConfigError
+        If this process is a job and a path is relative.
+    """
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # what Ray's job server sets
+        return
+    for path in paths:
+        if not path.is_absolute():
+            raise ConfigError(
+                f"the path {path} is relative, and a job runs in a copy of the working folder",
+                "give an absolute path on storage that every node sees",
+            )
+
+
+def check_seen(inputs: Sequence[Path] = (), outputs: Sequence[Path] = ()) -> None:
+    """Refuse paths that one of the cluster's nodes does not see; call it with Ray connected.
 
     Parameters
     ----------
     inputs : sequence of Path
-        What is read; must exist.
+        What is read; exists.
     outputs : sequence of Path
         What will be written.
 
     Raises
     ------
     ConfigError
-        If a path is relative inside a submitted job, whose working folder is a copy that goes
-        away, or if one of the cluster's nodes does not see a path.
+        If a node does not see a path: it is then named, and what to do.
     """
-    relative = [path for path in (*inputs, *outputs) if not path.is_absolute()]
-    if relative and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        raise ConfigError(
-            f"the path {relative[0]} is relative, and a job runs in a copy of the working folder",
-            "give an absolute path on storage that every node sees",
-        )
     import ray
 
     nodes = {node["NodeID"]: node["NodeName"] for node in ray.nodes() if node["Alive"]}
     if len(nodes) > 1:
-        _check_seen(nodes, [path.absolute() for path in inputs], [p.absolute() for p in outputs])
+        _look_everywhere(
+            nodes, [path.absolute() for path in inputs], [path.absolute() for path in outputs]
+        )
 
 
-def _check_seen(nodes: dict[str, str], inputs: list[Path], outputs: list[Path]) -> None:
+def _look_everywhere(nodes: dict[str, str], inputs: list[Path], outputs: list[Path]) -> None:
     """Have every node look for the inputs, and for a file laid beside each output."""
     probes: dict[str, Path] = {str(path): path for path in inputs}
     laid = []

@@ -38,7 +38,7 @@ from rayvaec.infer.regions import RegionWorker, Work
 from rayvaec.infer.store_cells import StoreCells
 from rayvaec.infer.trained import TrainedModel, check_draws, load_model
 from rayvaec.progress import Progress
-from rayvaec.runtime import check_cpus, check_gpus, check_paths, ray_session
+from rayvaec.runtime import check_cpus, check_gpus, check_job_paths, check_seen, ray_session
 
 logger = logging.getLogger("rayvaec")
 
@@ -162,7 +162,8 @@ def _run(
 ) -> None:
     if num_workers < 1:
         raise ConfigError(f"num_workers={num_workers} does nothing", "give a whole number >= 1")
-    out = Path(out)
+    inputs, out = [Path(model_path), Path(store_path)], Path(out)
+    check_job_paths([*inputs, out])
     check_free(out, overwrite)
     model, store = load_model(model_path), open_store(store_path)
     cells = StoreCells(store, model.registry)
@@ -174,7 +175,7 @@ def _run(
     with ray_session():
         check_cpus(num_workers, f"{num_workers} workers")
         check_gpus(num_workers * use_gpu, f"{num_workers} workers")
-        check_paths([Path(model_path), Path(store_path)], [out])
+        check_seen(inputs, [out])
         region = _region_rows(quantity, model, store)
         ledger = _begin(quantity, model, store, out.absolute(), region, use_gpu)
         work = Work(
