@@ -34,6 +34,7 @@ from rayvaec.data.survey import Survey, aligned_blocks, survey
 from rayvaec.errors import ConfigError, CountsError, StoreError
 from rayvaec.files import check_free, remove, whole_output
 from rayvaec.progress import Progress
+from rayvaec.runtime import check_job_paths
 
 logger = logging.getLogger("rayvaec")
 
@@ -141,6 +142,7 @@ def prepare(
     StoreError
         If `out` exists and `overwrite` is false, is one of the inputs, or has too little room.
     """
+    check_job_paths([*inputs, out])
     _check_paths(inputs, out)
     check_free(out, overwrite)
     _remove_abandoned(out)

@@ -13,7 +13,7 @@ from typing import Any
 from rayvaec.data.store import Store, open_store
 from rayvaec.errors import ConfigError, RayvaecError, StoreError
 from rayvaec.files import remove
-from rayvaec.runtime import check_cpus, check_gpus, check_paths, ray_session
+from rayvaec.runtime import check_cpus, check_gpus, check_job_paths, check_seen, ray_session
 from rayvaec.train import run as folder
 from rayvaec.train.artefacts import BEST, LAST
 from rayvaec.train.checkpoint import drop_old_checkpoints
@@ -104,6 +104,7 @@ def train(
         If the training failed: a loss that is not finite, workers lost too often.
     """
     called = time.time()
+    check_job_paths([Path(store), Path(out)])
     opened, out = open_store(store), Path(out).absolute()
     if opened.n_train < 1:
         raise StoreError(
@@ -119,7 +120,7 @@ def train(
     config = (config or TrainConfig()).resolved(opened.n_train)
     with ray_session():
         cpus = _check_resources(config)
-        check_paths([opened.path], [out])
+        check_seen([opened.path], [out])
         resume_from = None
         if resume:
             resume_from = folder.begin_again(out, config)
