@@ -350,13 +350,14 @@ class ZarrVector:
         self._where = blobs.locate(path)
         try:
             self._array = blobs.zarr_array(path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._unreadable(error) from error
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """Type of an element, in native byte order."""
-        return np.dtype(self._array.dtype).newbyteorder("=")
+        stored = np.dtype(self._array.dtype)
+        return stored if stored.isnative else stored.newbyteorder("=")
 
     def __len__(self) -> int:
         return self._array.shape[0]

@@ -16,7 +16,7 @@ from rayvaec.data.blobs import Blobs, LocalBlobs
 from rayvaec.data.checksums import file_checksum
 from rayvaec.data.manifest import Manifest, PartitionInfo
 from rayvaec.data.registry import Registry
-from rayvaec.data.shards import Vector, open_vector
+from rayvaec.data.shards import Vector, ZarrVector, open_vector
 from rayvaec.errors import StoreError
 
 SPLITS = ("train", "validation", "all")
@@ -95,8 +95,8 @@ class Partition:
 
     def names(self, start: int, stop: int) -> list[str]:
         """Return the names of a range of cells."""
-        array = self._blobs.zarr_array(f"{self.info.name}/obs/_index")
-        return [str(name) for name in np.asarray(array[start:stop])]
+        vector = ZarrVector(self._blobs, f"{self.info.name}/obs/_index")
+        return [str(name) for name in vector.read(start, stop)]
 
     def _vector(self, path: str, n: int) -> Vector:
         path = f"{self.info.name}/{path}"
