@@ -92,15 +92,16 @@ def write_random_store(
     n_train: int | None = None,
     n_batches: int = 0,
     largest: int = 300,
+    density: float = 0.3,
     seed: int = 0,
     **options: Any,
 ) -> RandomStore:
     """Write a store of `n_partitions` partitions of unequal size."""
     rng = np.random.default_rng(seed)
     matrix = rng.integers(1, largest + 1, (n_cells, n_genes)) * (
-        rng.random((n_cells, n_genes)) < 0.3
+        rng.random((n_cells, n_genes)) < density
     )
-    matrix[0, 0] = largest
+    matrix[0, 0] = largest if density else 0
     labels = rng.integers(0, 3, n_cells)
     batches = rng.integers(0, n_batches, n_cells) if n_batches else None
     names = [f"cell {row}" for row in range(n_cells)]

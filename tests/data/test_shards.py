@@ -160,7 +160,7 @@ def test_chunks_in_any_order_are_found(tmp_path, codecs):
     ids=lambda change: next(iter(change)),
 )
 def test_arrays_that_are_not_understood_are_left_to_zarr(tmp_path, change):
-    from rayvaec.data.shards import Layout
+    from rayvaec.data.layout import Layout
 
     write(tmp_path, np.arange(100, dtype="float32"))
     metadata = json.loads((tmp_path / "x/zarr.json").read_text())
