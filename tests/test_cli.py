@@ -217,7 +217,7 @@ def test_settings_are_refused_with_the_nearest_names_all_at_once(run, store_path
     )
     mistake(result, "'batchsize'", "'batch_size'", "lr=-1", "num_workers=0")
     result = run("train", store_path, "--out", tmp_path / "run", "--batch-size", "100")
-    mistake(result, "100", "96", "112")
+    mistake(result, "batch_size=100", "lanes=16", "96")
     assert list(tmp_path.iterdir()) == []
 
 
