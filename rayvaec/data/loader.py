@@ -129,7 +129,7 @@ class Loader:
         steps = range(start_step, self.steps_per_epoch)
         if self._shuffle:
             return self._shuffled(epoch, steps)
-        return _prefetched(self._in_order, steps, self._prefetch)
+        return prefetched(self._in_order, steps, self._prefetch)
 
     def _shuffled(self, epoch: int, steps: range) -> Iterator[Minibatch]:
         plan = LanePlan(
@@ -146,7 +146,7 @@ class Loader:
         decoders = ThreadPoolExecutor(self._threads, thread_name_prefix="rayvaec-decode")
         try:
             reader = LaneReader(self._store, plan, lanes, steps.start, decoders, self._prefetch)
-            yield from _prefetched(reader.read, steps, self._prefetch)
+            yield from prefetched(reader.read, steps, self._prefetch)
         finally:
             decoders.shutdown(cancel_futures=True)
 
@@ -169,7 +169,7 @@ class Loader:
         )
 
 
-def _prefetched(
+def prefetched(
     produce: Callable[[int], Minibatch], steps: range, depth: int
 ) -> Iterator[Minibatch]:
     """Yield ``produce(step)`` for every step, computed in order and ahead in one thread."""
