@@ -312,8 +312,9 @@ def _stage(
     records = ledger.finished(stage, calls)
     missing = {item: call for item, call in calls.items() if item not in records}
     if records:
-        logger.info("%d of %d %s are finished already", len(records), len(calls), stage)
-    with Progress(sum(sizes[item] for item in missing), unit, f"{stage} of {ledger.out}") as bar:
+        logger.info("going on: %d of %d %s are finished", len(records), len(calls), stage)
+    task = {"regions": "computing", "files": "writing"}[stage]
+    with Progress(sum(sizes[item] for item in missing), unit, task) as bar:
         for item, record in _results(workers, missing):
             ledger.finish(stage, item, record)
             records[item] = record

@@ -23,13 +23,17 @@ from rayvaec.model.vaec import VAEC
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local", "small_regions")]
 
 
-@pytest.fixture
-def small_regions(monkeypatch: pytest.MonkeyPatch) -> None:
+def _make_regions_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several regions, and several files a layer, in a store of 1,200 cells."""
     monkeypatch.setattr(bulk, "MAX_REGION", 256)
     monkeypatch.setattr("rayvaec.infer.output.VALUES_PER_CHUNK", 512)
     monkeypatch.setattr("rayvaec.infer.output.CHUNKS_PER_SHARD", 4)
     monkeypatch.setattr("rayvaec.infer.output.REGIONS_PER_POINTER_SHARD", 2)
+
+
+@pytest.fixture
+def small_regions(monkeypatch: pytest.MonkeyPatch) -> None:
+    _make_regions_small(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +57,25 @@ def _same_cells(found: anndata.AnnData, expected: anndata.AnnData) -> None:
     assert list(found.obs["cell_type"]) == list(expected.obs["cell_type"])
 
 
-def test_draws_are_those_of_the_model_in_memory(
+@pytest.fixture(scope="module")
+def undisturbed(
     model_path: Path,
     store_path: Path,
-    model: TrainedModel,
-    in_memory: anndata.AnnData,
-    tmp_path: Path,
+    ray_local: None,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Three draws a cell with seed 5, by workers that nothing happened to."""
+    out = tmp_path_factory.mktemp("draws") / "out.zarr"
+    with pytest.MonkeyPatch.context() as patch:
+        _make_regions_small(patch)
+        bulk.sample_store(model_path, store_path, out, 3, seed=5, num_workers=2)
+    return out
+
+
+def test_draws_are_those_of_the_model_in_memory(
+    undisturbed: Path, model: TrainedModel, in_memory: anndata.AnnData
 ) -> None:
-    out = tmp_path / "out.zarr"
-    bulk.sample_store(model_path, store_path, out, 3, seed=5, num_workers=2)
-    found = anndata.read_zarr(out)
+    found = anndata.read_zarr(undisturbed)
     _same_cells(found, in_memory)
     assert set(found.layers) == {"sample_0", "sample_1", "sample_2"}
     expected = model.sample(in_memory, 3, seed=5, sparse=True)
@@ -73,7 +86,7 @@ def test_draws_are_those_of_the_model_in_memory(
         assert layer.nnz == expected[sample].nnz > 0
         np.testing.assert_array_equal(layer.toarray(), expected[sample].toarray())
     assert '"seed": 5' in found.uns["rayvaec"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out.zarr"]
+    assert [path.name for path in undisturbed.parent.iterdir()] == ["out.zarr"]
 
 
 def test_many_samples_are_drawn_in_windows(
@@ -155,14 +168,18 @@ class _DiesOnce(regions.RegionWorker):
 
 
 def test_killed_workers_leave_no_row_out_and_none_double(
-    model_path: Path, store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_path: Path,
+    store_path: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    bulk.sample_store(model_path, store_path, tmp_path / "calm.zarr", 2)
     monkeypatch.setattr(bulk, "RegionWorker", _DiesOnce)
-    bulk.sample_store(model_path, store_path, tmp_path / "killed.zarr", 2, num_workers=2)
+    out = tmp_path / "killed.zarr"
+    bulk.sample_store(model_path, store_path, out, 3, seed=5, num_workers=2)
     assert (tmp_path / "died in region").exists()
     assert (tmp_path / "died in values").exists()
-    assert _files(tmp_path / "killed.zarr") == _files(tmp_path / "calm.zarr")
+    assert _files(out) == _files(undisturbed)
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -185,37 +202,27 @@ class _FailsAt(regions.RegionWorker):
 
 
 def test_a_rerun_does_what_is_missing(
-    model_path: Path, store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_path: Path,
+    store_path: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    bulk.sample_store(model_path, store_path, tmp_path / "calm.zarr", 2)
     monkeypatch.setattr(bulk, "RegionWorker", _FailsAt)
     out = tmp_path / "out.zarr"
     with pytest.raises(RayvaecError, match=r"no space .* finished regions are kept in"):
-        bulk.sample_store(model_path, store_path, out, 2)
+        bulk.sample_store(model_path, store_path, out, 3, seed=5)
     assert not out.exists()
-    computed = {path for path in tmp_path.glob("computed *")}
+    computed = set(tmp_path.glob("computed *"))
     assert {path.name for path in computed} == {"computed 0", "computed 1", "computed 2"}
     for path in computed:
         path.unlink()
     (tmp_path / "mended").touch()
-    bulk.sample_store(model_path, store_path, out, 2)
+    bulk.sample_store(model_path, store_path, out, 3, seed=5)
     again = {path.name for path in tmp_path.glob("computed *")}
     assert again == {"computed 3", "computed 4"}
-    assert _files(out) == _files(tmp_path / "calm.zarr")
+    assert _files(out) == _files(undisturbed)
     assert not (tmp_path / "out.zarr.partial").exists()
-
-
-def test_unfinished_work_of_other_arguments_is_not_gone_on_with(
-    model_path: Path, store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out.zarr"
-    with monkeypatch.context() as patch:
-        patch.setattr(bulk, "RegionWorker", _FailsAt)
-        with pytest.raises(RayvaecError, match="no space"):
-            bulk.sample_store(model_path, store_path, out, 2)
-    bulk.sample_store(model_path, store_path, out, 2, seed=1)
-    bulk.sample_store(model_path, store_path, tmp_path / "calm.zarr", 2, seed=1)
-    assert _files(out) == _files(tmp_path / "calm.zarr")
 
 
 def test_an_output_is_replaced_only_when_that_is_asked_for(
