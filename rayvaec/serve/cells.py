@@ -66,7 +66,7 @@ def raw_counts(
         return (
             np.asarray(counts.indptr, np.int64),
             np.asarray(counts.indices, np.int64),
-            np.asarray(counts.counts, np.float64),
+            _whole(np.asarray(counts.counts, np.float64)),
         )
     for row, values in enumerate(counts.dense):
         if len(values) != n_columns:
@@ -78,7 +78,14 @@ def raw_counts(
     dense = np.asarray(counts.dense, np.float64).reshape(len(counts.dense), n_columns)
     rows, columns = np.nonzero(dense)
     indptr = np.searchsorted(rows, np.arange(len(dense) + 1))
-    return indptr.astype(np.int64), columns.astype(np.int64), dense[rows, columns]
+    return indptr.astype(np.int64), columns.astype(np.int64), _whole(dense[rows, columns])
+
+
+def _whole(values: NDArray[np.float64]) -> NDArray[Any]:
+    """Return whole numbers as integers, so that messages show them as they were written."""
+    with np.errstate(invalid="ignore"):
+        whole = values.astype(np.int64)
+    return whole if np.array_equal(whole, values) else values
 
 
 def align_cells(
@@ -112,7 +119,9 @@ def align_cells(
     _check_indices(raw, names, len(columns))
     counts = _checked_counts(raw, names, columns)
     x = sparse.csr_array(
-        (counts, raw.indices.astype(np.int32), raw.indptr), shape=(n_cells, len(columns))
+        # Copies: what stands in an Arrow body cannot be written to, and is sorted in place here.
+        (counts.copy(), raw.indices.astype(np.int32), raw.indptr.copy()),
+        shape=(n_cells, len(columns)),
     )
     target, missing, extra = _align_genes(registry, columns, genes is not None, allow_missing)
     x = align_columns(x, target, registry.n_genes)

@@ -111,6 +111,7 @@ def create_app(
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
     )
+    app.state.service = service
     app.add_middleware(
         Guard, limits=service.limits, token_digest=token_digest, behind_proxy=behind_proxy
     )

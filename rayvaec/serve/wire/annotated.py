@@ -54,7 +54,8 @@ def cells_of(
         raise CountsError("adata has no X", f"name a layer: {_names(adata.layers)}")
     if hasattr(matrix, "to_memory"):  # an AnnData opened with backed="r"
         matrix = matrix.to_memory()
-    x: Any = sparse.csr_array(matrix if sparse.issparse(matrix) else np.asarray(matrix))
+    values: Any = matrix if sparse.issparse(matrix) else np.asarray(matrix)
+    x = sparse.csr_array(values)
     if x.dtype.kind not in "buif":
         raise CountsError(f"adata holds values of type {x.dtype}", "counts must be numbers")
     if not x.has_canonical_format:

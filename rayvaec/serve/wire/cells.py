@@ -182,6 +182,12 @@ def read_table(
     RequestError
         As `decode_cells`.
     """
+    if not body.endswith(END_OF_STREAM):
+        raise RequestError(
+            f"the body, {len(body):,} bytes, does not end as an Arrow IPC stream does",
+            "send the whole stream, closed by its writer",
+            *(400, "undecodable"),
+        )
     try:
         unpacked = unpacked_bytes(body)
         if unpacked > max_bytes:
