@@ -279,9 +279,11 @@ def test_batches_go_with_the_cells(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = VAEC(40, 2, n_hidden=8, n_batch=registry.n_batches)
     save_model(tmp_path / "model", module, registry.to_json(), {})
-    bulk.embed_store(tmp_path / "model", tmp_path / "store", tmp_path / "out.zarr")
+    bulk.expression_store(tmp_path / "model", tmp_path / "store", tmp_path / "out.zarr")
     found = anndata.read_zarr(tmp_path / "out.zarr")
     source = anndata.read_h5ad(tmp_path / "a.h5ad")[found.obs_names]
+    expected = load_model(tmp_path / "model").expression(source)
+    np.testing.assert_array_equal(found.layers["expression"], expected)
     assert list(found.obs["batch"]) == list(source.obs["batch"])
     assert list(found.obs["cell_type"]) == list(source.obs["cell_type"])
 
