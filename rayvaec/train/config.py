@@ -271,6 +271,12 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
             f"batch_size={batch_size} is not divisible by lanes={lanes}: the nearest that is, "
             f"is {nearest}"
         )
+    least = lanes * values["block_rows"]
+    if values["buffer_rows"] < least:
+        problems.append(
+            f"buffer_rows={values['buffer_rows']} is too small: at least lanes * block_rows = "
+            f"{least}"
+        )
     if workers > lanes:
         problems.append(
             f"num_workers={workers} is more than lanes={lanes}: use {lanes} workers or fewer, or "

@@ -69,6 +69,8 @@ def cut_records(run: Path, step: int) -> None:
     step : int
         Steps that the checkpoint has taken.
     """
+    if not (run / METRICS).exists():
+        return
     kept = [record for record in read_records(run) if record["step"] <= step]
     partial = run / f".{METRICS}.partial"
     partial.write_text("".join(json.dumps(record) + "\n" for record in kept))

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from gloo_worker import FolderSink
+
+from rayvaec.train.config import TrainConfig
+from rayvaec.train.loop import Task, TrainLoop
+from rayvaec.train.ranks import Ranks
+
+SMALL = {"batch_size": 64, "n_hidden": 16, "max_epochs": 3, "log_steps": 5}
+"""Settings that make training on the small store take about a second."""
+
+
+@pytest.fixture(scope="session")
+def small_settings() -> dict[str, Any]:
+    return dict(SMALL)
+
+
+@pytest.fixture
+def make_loop(store_path: Path, tmp_path: Path) -> Callable[..., TrainLoop]:
+    """Make a one-worker loop; keyword arguments are settings, and ``run``, ``dies_at``."""
+
+    def make(run: str = "run", dies_at: str = "", **settings: Any) -> TrainLoop:
+        folder = tmp_path / run
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        config = TrainConfig.from_json({**SMALL, **settings})
+        task = Task(store_path, folder, config)
+        return TrainLoop(task, Ranks(), FolderSink(folder / "checkpoints", dies_at))
+
+    return make
+
+
+@pytest.fixture
+def run_ranks(store_path: Path) -> Callable[..., None]:
+    """Train with several processes over gloo."""
+
+    def run_all(
+        run: Path, world_size: int, dies_at: str = "", store: Path = store_path, **settings: Any
+    ) -> None:
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (run / "sync").unlink(missing_ok=True)
+        arguments = {
+            "world_size": world_size,
+            "store": str(store),
+            "run": str(run),
+            "settings": {**SMALL, **settings},
+            "dies_at": dies_at,
+        }
+        script = str(Path(__file__).parent / "gloo_worker.py")
+        workers = [
+            subprocess.Popen(
+                [sys.executable, script, json.dumps({"rank": rank, **arguments})],
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(world_size)
+        ]
+        try:
+            for worker in workers:
+                _, errors = worker.communicate(timeout=120)
+                assert worker.returncode == 0, errors
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.communicate()
+
+    return run_all

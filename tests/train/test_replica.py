@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rayvaec.data.store import open_store
+from rayvaec.model.vaec import VAEC
+from rayvaec.train.config import TrainConfig
+from rayvaec.train.noise import CellNoise
+from rayvaec.train.replica import Replica, as_tensors, build_module, label_weights
+
+CONFIG = TrainConfig(n_hidden=16)
+
+
+def gradients(module: VAEC) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in module.named_parameters()}
+
+
+def loss_of_rows(
+    store_path: Path, bounds: tuple[int, int], world_size: int, n_global: int
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradient of a worker that holds rows `bounds` of the minibatch."""
+    store = open_store(store_path)
+    module = build_module(store, CONFIG).train()
+    noise = CellNoise(0, module).at(3, np.arange(*bounds))
+    tensors = as_tensors(store.read(*bounds), module)
+    loss, per_cell = Replica(module, world_size)(*tensors, noise, 0.5, n_global)
+    loss.backward()
+    assert len(per_cell) == bounds[1] - bounds[0]
+    return float(loss), gradients(module)
+
+
+@pytest.mark.parametrize("cut", [20, 5, 40, 0])
+def test_averaging_unequal_shares_gives_the_exact_gradient(store_path: Path, cut: int) -> None:
+    loss, whole = loss_of_rows(store_path, (0, 40), 1, 40)
+    first, left = loss_of_rows(store_path, (0, cut), 2, 40)
+    second, right = loss_of_rows(store_path, (cut, 40), 2, 40)
+    assert (first + second) / 2 == pytest.approx(loss, rel=1e-6)
+    for name, gradient in whole.items():
+        average = (left[name] + right[name]) / 2
+        torch.testing.assert_close(average, gradient, rtol=2e-4, atol=1e-6, msg=name)
+
+
+def test_start_values_are_the_genes_shares(store_path: Path) -> None:
+    store = open_store(store_path)
+    bias = build_module(store, CONFIG).px_decoder[0].bias
+    share = np.array(store.manifest.gene_totals) / store.manifest.total_counts
+    started = torch.nn.functional.softplus(bias.double()).detach().numpy()
+    np.testing.assert_allclose(started[share > 0], share[share > 0], rtol=1e-4)
+    upstream = build_module(store, replace(CONFIG, start_from_counts=False)).px_decoder[0].bias
+    assert not torch.equal(bias, upstream)
+
+
+def test_the_model_is_the_same_for_every_worker_and_seed_decides(store_path: Path) -> None:
+    store = open_store(store_path)
+    torch.manual_seed(1)
+    first = build_module(store, CONFIG).px_r
+    torch.manual_seed(2)
+    assert torch.equal(build_module(store, CONFIG).px_r, first)
+    assert not torch.equal(build_module(store, replace(CONFIG, seed=1)).px_r, first)
+
+
+def test_label_weights_are_those_of_scvi() -> None:
+    # Shares 0.9, 0.08, 0.02: the last counts as 0.05, and all are divided by their sum, 1.03.
+    weights = label_weights(np.array([900, 80, 20]))
+    np.testing.assert_allclose(weights, [1.03 / 0.9, 1.03 / 0.08, 1.03 / 0.05])
+
+
+def test_labels_are_weighted_where_asked(store_path: Path) -> None:
+    store = open_store(store_path)
+    weighted = build_module(store, replace(CONFIG, weight_obs=True)).ct_weight
+    expected = label_weights(np.array(store.manifest.cells_per_label))
+    np.testing.assert_allclose(weighted.numpy(), expected, rtol=1e-6)
+    assert build_module(store, CONFIG).ct_weight.tolist() == [1.0] * store.registry.n_labels
