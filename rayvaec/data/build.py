@@ -197,7 +197,7 @@ def _check_paths(inputs: Sequence[Path], out: Path) -> None:
 
 
 def _remove_abandoned(out: Path) -> None:
-    """Remove what a killed process was writing at `out`."""
+    """Remove what a process of this machine was writing at `out` when it was killed."""
     for path in out.parent.glob(f".{out.name}.*.partial"):
         process = path.name.removeprefix(f".{out.name}.").removesuffix(".partial")
         if process.isdigit() and not _is_running(int(process)):

@@ -1,6 +1,6 @@
 """Rows of a CSC matrix on disk, in bounded memory.
 
-One sweep over the stored values deals them to one scratch file per range of rows; each file is
+One sweep over the stored values deals them to scratch files, a set per range of rows; each set is
 then sorted by row in memory.
 """
 
@@ -52,19 +52,26 @@ def csc_rows(
         scratch.mkdir(parents=True)
         _deal(matrix, shape, elements, rows, scratch, where)
     for start in range(0, shape[0], rows):
-        stop = min(start + rows, shape[0])
-        yield start, _gather(scratch / str(start // rows), stop - start, shape[1], _record(matrix))
+        shape_here = (min(rows, shape[0] - start), shape[1])
+        yield start, _gather(scratch, start // rows, shape_here, _types(matrix))
 
 
-def _record(matrix: Any) -> np.dtype[Any]:
-    """Return the type of a stored value with its row within the file and its column."""
-    return np.dtype([("row", "<i4"), ("column", "<i4"), ("value", matrix["data"].dtype)])
+def _types(matrix: Any) -> dict[str, np.dtype[Any]]:
+    """Return the parts of a stored value, each of which has a file of its own, and their types.
+
+    The row is counted from the file's first one.
+    """
+    return {
+        "row": np.dtype(np.int32),
+        "column": np.dtype(np.int32),
+        "value": matrix["data"].dtype,
+    }
 
 
 def _deal(
     matrix: Any, shape: tuple[int, int], elements: int, rows: int, scratch: Path, where: str
 ) -> None:
-    """Write every stored value to the file of its rows."""
+    """Write every stored value to the files of its rows."""
     indptr = matrix["indptr"][:].astype(np.int64)
     stored = int(matrix["data"].shape[0])
     check_offsets(indptr, shape[1], stored, where)
@@ -72,17 +79,25 @@ def _deal(
         stop = min(start + elements, stored)
         cells = matrix["indices"][start:stop].astype(np.int64)
         check_positions(cells, shape[0], where)
-        records = np.empty(stop - start, _record(matrix))
-        records["row"] = cells % rows
-        records["column"] = _columns(indptr, start, stop)
-        records["value"] = matrix["data"][start:stop]
-        file = cells // rows
-        records = records[np.argsort(file, kind="stable")]
+        file, row = np.divmod(cells, rows)
+        order = _stable_order(file)
         ends = np.cumsum(np.bincount(file))
-        for number in np.unique(file):
-            begin = ends[number - 1] if number else 0
-            with (scratch / str(number)).open("ab") as out:
-                records[begin : ends[number]].tofile(out)
+        parts = {
+            "row": row,
+            "column": _columns(indptr, start, stop),
+            "value": matrix["data"][start:stop],
+        }
+        for part, dtype in _types(matrix).items():
+            values = parts[part][order].astype(dtype, copy=False)
+            for number, piece in enumerate(np.split(values, ends[:-1])):
+                if len(piece):
+                    with (scratch / f"{number}.{part}").open("ab") as out:
+                        piece.tofile(out)
+
+
+def _stable_order(keys: NDArray[Any]) -> NDArray[np.int64]:
+    """Return the stable order of small whole numbers; below 2**16 numpy sorts by radix."""
+    return np.argsort(keys.astype(np.min_scalar_type(keys.max(initial=0))), kind="stable")
 
 
 def _columns(indptr: NDArray[np.int64], start: int, stop: int) -> NDArray[np.int64]:
@@ -91,11 +106,14 @@ def _columns(indptr: NDArray[np.int64], start: int, stop: int) -> NDArray[np.int
     return np.repeat(np.arange(len(indptr) - 1), np.diff(bounds))
 
 
-def _gather(path: Path, n_rows: int, n_genes: int, record: np.dtype[Any]) -> sparse.csr_array:
+def _gather(
+    scratch: Path, number: int, shape: tuple[int, int], types: dict[str, np.dtype[Any]]
+) -> sparse.csr_array:
     """Sort a file's values by row; within a row they are in order of their columns already."""
-    records = np.fromfile(path, record) if path.exists() else np.empty(0, record)
-    records = records[np.argsort(records["row"], kind="stable")]
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(records["row"], minlength=n_rows))])
-    data = np.ascontiguousarray(records["value"])
-    columns = np.ascontiguousarray(records["column"])
-    return sparse.csr_array((data, columns, offsets), shape=(n_rows, n_genes))
+    parts = {}
+    for part, dtype in types.items():
+        path = scratch / f"{number}.{part}"
+        parts[part] = np.fromfile(path, dtype) if path.exists() else np.empty(0, dtype)
+    order = _stable_order(parts["row"])
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(parts["row"], minlength=shape[0]))])
+    return sparse.csr_array((parts["value"][order], parts["column"][order], offsets), shape=shape)
