@@ -20,7 +20,7 @@ from ray import serve
 
 from rayvaec.errors import ConfigError, RayvaecError
 from rayvaec.infer.trained import TrainedModel, load_model
-from rayvaec.runtime import ray_session
+from rayvaec.runtime import ray_session, usable_cpus
 from rayvaec.serve.auth import TOKEN_VARIABLE, check_bind, token_digest
 from rayvaec.serve.limits import Limits
 from rayvaec.serve.routes import create_app
@@ -159,18 +159,22 @@ def run(
     trained = load_model(path)
     digest = token_digest(token_file)
     check_bind(host, digest is not None)
-    if "RAY_ADDRESS" not in os.environ:
+    joined = "RAY_ADDRESS" in os.environ
+    if not joined:
         port = check_port(host, port)
+        cpus = _cpus_per_replica(num_replicas, use_gpu, *_own_resources())
     with _stopped_by_signals() as stopped:
         print(f"loading {path} on {num_replicas} replica(s)", flush=True)
         try:
             with ray_session():
                 _take_signals(stopped)  # Ray puts its own handler for SIGTERM
+                if joined:
+                    cpus = _cpus_per_replica(num_replicas, use_gpu, *_cluster_resources())
                 args = ServeArgs(
                     model=str(path),
                     token_sha256=digest,
                     num_replicas=num_replicas,
-                    cpus_per_replica=_cpus_per_replica(num_replicas, use_gpu),
+                    cpus_per_replica=1.0 if joined else cpus,
                     use_gpu=use_gpu,
                 )
                 with _deployed(args, host, port):
@@ -218,25 +222,36 @@ def check_port(host: str, port: int) -> int:
         return probe.getsockname()[1]
 
 
-def _cpus_per_replica(num_replicas: int, use_gpu: bool) -> float:
-    """Share out the CPUs of a local Ray; of a cluster, one a replica."""
+def _own_resources() -> tuple[float, float]:
+    """Return the CPUs and GPUs of this machine."""
+    import torch
+
+    return float(usable_cpus()), float(torch.cuda.device_count())
+
+
+def _cluster_resources() -> tuple[float, float]:
+    """Return the CPUs and GPUs of the cluster that this process has joined."""
     import ray
 
     have = ray.cluster_resources()
-    cpus, gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
+    return have.get("CPU", 0.0), have.get("GPU", 0.0)
+
+
+def _cpus_per_replica(num_replicas: int, use_gpu: bool, cpus: float, gpus: float) -> float:
+    """Share out CPUs; refuse replicas that would wait for ever for theirs."""
     if num_replicas < 1:
         raise ConfigError(f"--num-replicas {num_replicas} serves nothing", "give 1 or more")
     if num_replicas > cpus:
         raise ConfigError(
-            f"--num-replicas {num_replicas} needs as many CPUs and Ray has {cpus:g}",
+            f"--num-replicas {num_replicas} needs as many CPUs and there are {cpus:g}",
             f"use {max(int(cpus), 1)} or fewer, or a larger cluster",
         )
     if use_gpu and num_replicas > gpus:
         raise ConfigError(
-            f"--use-gpu with --num-replicas {num_replicas} needs as many GPUs and Ray has {gpus:g}",
+            f"--use-gpu with --num-replicas {num_replicas} needs as many GPUs, there are {gpus:g}",
             "use fewer replicas, or leave --use-gpu out",
         )
-    return 1.0 if "RAY_ADDRESS" in os.environ else float(cpus // num_replicas)
+    return float(cpus // num_replicas)
 
 
 @contextmanager

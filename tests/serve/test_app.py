@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata
+import httpx
+import numpy as np
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from rayvaec.client import Client
+from rayvaec.errors import ConfigError, ModelError, RayvaecError
+from rayvaec.infer.trained import TrainedModel
+from rayvaec.serve import app
+from rayvaec.serve.app import ServeArgs, build, check_port, run
+from rayvaec.serve.limits import Limits
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKEN = "0123456789abcdef0123"
+
+
+def test_the_arguments_of_a_config_file_are_checked():
+    args = ServeArgs.model_validate({"model": "m", "limits": {"max_cells": 5}})
+    assert args.limits == Limits(max_cells=5)
+    for wrong in (
+        {},
+        {"model": "m", "modle": "m"},
+        {"model": "m", "num_replicas": 0},
+        {"model": "m", "token_sha256": TOKEN},
+        {"model": "m", "limits": {"max_sells": 5}},
+    ):
+        with pytest.raises(ValidationError):
+            ServeArgs.model_validate(wrong)
+    with pytest.raises(ConfigError, match="limit max_cells is 0"):
+        ServeArgs.model_validate({"model": "m", "limits": {"max_cells": 0}})
+
+
+def test_the_deployment_refuses_before_serves_queue_does():
+    args = ServeArgs(model="m", num_replicas=3, cpus_per_replica=2, use_gpu=True)
+    deployment = build(args)._bound_deployment
+    assert deployment.num_replicas == 3
+    assert deployment.ray_actor_options == {"num_cpus": 2.0, "num_gpus": 1}
+    assert deployment.max_ongoing_requests > args.limits.max_requests
+    assert deployment.backpressure_config.status_code == 429
+    assert deployment._deployment_config.graceful_shutdown_timeout_s > args.limits.timeout_s
+
+
+def test_the_config_file_fits_serves_schema_and_the_builder():
+    from ray.serve.schema import ServeDeploySchema
+
+    config = yaml.safe_load((ROOT / "jobs" / "serve.yaml").read_text())
+    schema = ServeDeploySchema.model_validate(config)
+    (application,) = schema.applications
+    # Serve's schema lets unknown keys pass.
+    assert set(config) <= set(ServeDeploySchema.model_fields)
+    assert set(config["http_options"]) <= set(type(schema.http_options).model_fields)
+    assert set(config["applications"][0]) <= set(type(application).model_fields)
+    assert application.import_path == "rayvaec.serve.app:build"
+    args = ServeArgs.model_validate(application.args)
+    assert args.token_file
+    assert args.limits == Limits()
+    assert build(args)._bound_deployment.num_replicas == args.num_replicas
+
+
+def test_a_taken_port_is_refused_and_a_free_one_found():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.1 is in use; .*--port"):
+            check_port("127.0.0.1", port)
+    assert check_port("127.0.0.1", port) == port
+    assert check_port("127.0.0.1", 0) > 1023
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "words"),
+    [
+        ("127.0.0.1", 65536, "--port 65536 is no port"),
+        ("127.0.0.1", -1, "--port -1 is no port"),
+        ("192.0.2.1", 8000, "cannot listen on 192.0.2.1 port 8000"),
+        ("no such host", 8000, "cannot listen on no such host"),
+    ],
+)
+def test_an_address_that_cannot_be_listened_on_is_refused(host, port, words):
+    with pytest.raises(ConfigError, match=words):
+        check_port(host, port)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "words"),
+    [
+        ({"model": "nowhere"}, ModelError, "nowhere"),
+        ({"model": "."}, ModelError, "model"),
+        ({"host": "0.0.0.0"}, ConfigError, "no token is set"),
+        ({"token_file": "nowhere"}, ConfigError, "cannot read the token file nowhere"),
+        ({"port": 99999}, ConfigError, "no port"),
+        ({"num_replicas": 0}, ConfigError, "serves nothing"),
+        ({"num_replicas": 10_000}, ConfigError, "--num-replicas 10000 needs as many CPUs"),
+        ({"use_gpu": True, "num_replicas": 1}, ConfigError, "--use-gpu .* needs as many GPUs"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_before_ray_starts(
+    model_path, monkeypatch, tmp_path, arguments, kind, words
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAYVAEC_TOKEN", raising=False)
+    monkeypatch.setattr(app, "ray_session", None)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(kind, match=words) as caught:
+        run(**{"model": model_path, "port": 0, **arguments})
+    assert isinstance(caught.value, RayvaecError)
+    assert caught.value.exit_code == 2
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+@dataclass
+class Server:
+    """`rayvaec serve` in a process of its own."""
+
+    process: subprocess.Popen[str]
+    url: str
+    mark: str
+    said: list[str]
+
+    def alive(self) -> list[int]:
+        """Processes that the command started, directly or not, itself included."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    environment = (entry / "environ").read_bytes()
+                except OSError:
+                    continue
+                if self.mark.encode() in environment:
+                    found.append(int(entry.name))
+        return found
+
+
+@pytest.fixture
+def server(model_path: Path) -> Iterator[Server]:
+    """An endpoint of two replicas that needs a token."""
+    mark = f"RAYVAEC_TEST_{uuid.uuid4().hex}"
+    environment = {**os.environ, "RAYVAEC_TOKEN": TOKEN, mark: "1"}
+    port = check_port("127.0.0.1", 0)
+    command = ["serve", str(model_path), "--port", str(port), "--num-replicas", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rayvaec", *command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    said: list[str] = []
+    reader = threading.Thread(target=lambda: said.extend(process.stdout or []), daemon=True)
+    reader.start()
+    server = Server(process, f"http://127.0.0.1:{port}", mark, said)
+    until = time.monotonic() + 150
+    while not any(line.startswith("ready:") for line in said):
+        assert process.poll() is None, said
+        assert time.monotonic() < until, said
+        time.sleep(0.2)
+    yield server
+    if process.poll() is None:
+        process.terminate()
+        process.wait(60)
+    reader.join(5)
+    if process.stdout:
+        process.stdout.close()
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a CPU for each replica")
+def test_the_command_serves_and_stops_without_a_trace(
+    server: Server, adata: anndata.AnnData, trained: TrainedModel
+):
+    expected = trained.sample(adata, 5, 3)
+    with Client(server.url, token=TOKEN) as client:
+        assert client.ready()
+        assert np.array_equal(client.sample(adata, n_samples=5, seed=3, as_="array"), expected)
+        same_from_both_replicas(client, adata, expected)
+    refused = httpx.get(f"{server.url}/v1/model", timeout=30)
+    assert refused.status_code == 401
+    assert refused.headers.get_list("X-Request-ID") == [refused.json()["request_id"]]
+    assert server.url in "".join(server.said)
+    assert TOKEN not in "".join(server.said)
+    finishes_what_is_in_work(server, adata)
+    assert server.process.wait(60) == 0
+    until = time.monotonic() + 20
+    while server.alive() and time.monotonic() < until:
+        time.sleep(0.2)
+    assert server.alive() == []
+    assert check_port("127.0.0.1", int(server.url.rpartition(":")[2]))
+
+
+def same_from_both_replicas(client: Client, adata: anndata.AnnData, expected: np.ndarray) -> None:
+    """Ask many times at once: replicas and merging change nothing."""
+    results: list[np.ndarray] = []
+
+    def ask() -> None:
+        with Client(client.url, token=TOKEN) as other:
+            results.extend(other.sample(adata, n_samples=5, seed=3, as_="array") for _ in range(5))
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(results) == 30
+    assert all(np.array_equal(result, expected) for result in results)
+
+
+def finishes_what_is_in_work(server: Server, adata: anndata.AnnData) -> None:
+    """Stop the server while a long answer is under way; the answer comes whole."""
+    answers: list[anndata.AnnData] = []
+
+    def ask() -> None:
+        with Client(server.url, token=TOKEN, retries=0) as client:
+            answers.append(client.sample(adata, n_samples=20_000, seed=1, reduce=["mean"]))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    time.sleep(0.3)
+    server.process.send_signal(signal.SIGTERM)
+    thread.join(90)
+    assert len(answers) == 1
+    assert answers[0].layers["mean"].shape == adata.shape
