@@ -103,6 +103,8 @@ def build(args: ServeArgs) -> serve.Application:
     -------
     serve.Application
     """
+    # From a config file Serve passes a plain dict: it does not resolve the annotation, a string.
+    args = ServeArgs.model_validate(args)
     resources: dict[str, Any] = {"num_cpus": args.cpus_per_replica}
     if args.use_gpu:
         resources["num_gpus"] = 1
