@@ -23,7 +23,7 @@ from rayvaec.files import check_free, whole_output
 if TYPE_CHECKING:
     from anndata import AnnData
 
-BLOCK_ROWS = 2048  # part of the result: every block of cells has a random stream of its own
+BLOCK_ELEMENTS = 2**22  # part of the result: every block of cells has a random stream of its own
 N_LATENT = 5
 N_HIDDEN = 48
 
@@ -215,11 +215,12 @@ def _blocks(
     seed: int,
     mean_library: float,
 ) -> Iterator[sparse.csr_array]:
-    """Draw the counts, BLOCK_ROWS cells at a time."""
+    """Draw the counts, a block of cells at a time."""
+    block_rows = max(BLOCK_ELEMENTS // decoder.weight.shape[1], 1)
     spread = 0.4  # of the log of the library
-    for block, start in enumerate(range(0, len(labels), BLOCK_ROWS)):
+    for block, start in enumerate(range(0, len(labels), block_rows)):
         rng = np.random.default_rng([seed, 1, block])
-        rows = slice(start, start + BLOCK_ROWS)
+        rows = slice(start, start + block_rows)
         n = len(labels[rows])
         z = rng.standard_normal((n, N_LATENT), dtype=np.float32)
         px_scale = decoder.px_scale(z, labels[rows], batches[rows])
