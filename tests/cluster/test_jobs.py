@@ -182,7 +182,12 @@ def _serve(head: Head) -> None:
     (port,) = _free_ports(1)
     config["http_options"] |= {"host": "127.0.0.1", "port": port}
     (application,) = config["applications"]
-    application["args"] |= {"model": str(head.storage / "run" / "model"), "token_file": str(token)}
+    application["args"] |= {
+        "model": str(head.storage / "run" / "model"),
+        "token_file": str(token),
+        "num_replicas": 1,
+        "cpus_per_replica": 1,
+    }
     (head.storage / "serve.yaml").write_text(yaml.safe_dump(config))
     deployed = head.run(
         "serve", "deploy", "--address", head.dashboard, str(head.storage / "serve.yaml")
@@ -221,9 +226,23 @@ def _wait_until_ready(url: str, head: Head) -> None:
     raise AssertionError(head.run("serve", "status", "--address", head.dashboard).stdout)
 
 
-def test_a_jobs_mistake_is_one_line_and_a_failed_job(head: Head) -> None:
-    job = head.job("sample", "model", "store", "--out", "out.zarr", "--n-samples", "1")
-    assert job.returncode == 1  # what `ray job submit` makes of any exit code but 0
-    assert "exit code 2" in job.stdout
-    (line,) = {line for line in job.stdout.splitlines() if line.startswith("rayvaec: ")}
-    assert line.startswith("rayvaec: error: the path model is relative, and a job runs in a copy")
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("prepare", ("atlas.h5ad", "--out", "/there/store", "--labels-key", "cell_type")),
+        ("train", ("/there/store", "--out", "run")),
+        ("sample", ("/there/model", "/there/store", "--out", "out.zarr", "--n-samples", "1")),
+    ],
+)
+def test_a_relative_path_in_a_job_is_a_mistake(script: str, arguments: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        [sys.executable, f"jobs/{script}.py", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "is relative, and a job runs in a copy of the working folder; give an absolute" in line
