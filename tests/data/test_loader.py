@@ -263,6 +263,7 @@ def test_no_more_than_asked_for_is_prepared_ahead():
     time.sleep(0.1)
     assert prepared == [3, 4, 5]
     assert list(minibatches) == list(range(4, 20))
+    assert prepared == list(range(3, 20))
     assert list(prefetched(lambda step: step, range(3, 4), 5)) == [3]
     assert list(prefetched(lambda step: step, range(3, 3), 5)) == []
 
