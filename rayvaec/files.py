@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ def remove(path: Path) -> None:
 def whole_output(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Give a name beside `path` to write to; rename it to `path` on success.
 
-    On an error whatever was written is removed, and an output that stood at `path` still stands.
+    On an error whatever was written is removed, folders made for it included, and an output that
+    stood at `path` still stands.
 
     Parameters
     ----------
@@ -65,6 +66,7 @@ def whole_output(path: Path, overwrite: bool = False) -> Iterator[Path]:
         If `path` exists and `overwrite` is false.
     """
     check_free(path, overwrite)
+    new_folders = [folder for folder in path.absolute().parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     remove(partial)
@@ -72,8 +74,12 @@ def whole_output(path: Path, overwrite: bool = False) -> Iterator[Path]:
         yield partial
         remove(path)
         partial.rename(path)
-    finally:
+    except BaseException:
         remove(partial)
+        with suppress(OSError):  # somebody else has put something there meanwhile
+            for folder in new_folders:
+                folder.rmdir()
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:

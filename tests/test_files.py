@@ -26,7 +26,7 @@ def failing_write(path, **kwargs):
 
 def test_a_failure_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError, match="the disk is full"):
-        failing_write(tmp_path / "out")
+        failing_write(tmp_path / "new" / "folder" / "out")
     assert list(tmp_path.iterdir()) == []
 
 

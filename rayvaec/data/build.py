@@ -34,7 +34,7 @@ from rayvaec.data.survey import Survey, aligned_blocks, survey
 from rayvaec.errors import ConfigError, CountsError, StoreError
 from rayvaec.files import check_free, remove, whole_output
 from rayvaec.progress import Progress
-from rayvaec.runtime import check_job_paths
+from rayvaec.runtime import check_cpus, check_job_paths, check_seen, ray_session
 
 logger = logging.getLogger("rayvaec")
 
@@ -147,6 +147,10 @@ def prepare(
     check_free(out, overwrite)
     _remove_abandoned(out)
     with ExitStack() as stack:
+        if config.num_workers > 1:
+            stack.enter_context(ray_session())
+            check_cpus(config.num_workers, f"{config.num_workers} workers")
+            check_seen(inputs, [out])
         sources = [stack.enter_context(Input(path, config.layer)) for path in inputs]
         folder = stack.enter_context(whole_output(out, overwrite)).absolute()
         scratch = folder / ".scratch"

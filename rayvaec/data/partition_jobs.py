@@ -100,23 +100,19 @@ def _run_here(jobs: Sequence[PartitionJob]) -> Iterator[tuple[PartitionJob, Part
 def _run_on_ray(
     jobs: Sequence[PartitionJob], num_workers: int
 ) -> Iterator[tuple[PartitionJob, PartitionInfo]]:
-    """Run jobs as Ray tasks, `num_workers` at a time; yield each as it ends."""
+    """Run jobs as tasks of the connected Ray, `num_workers` at a time; yield each as it ends."""
     import ray
 
-    from rayvaec.runtime import check_cpus, ray_session
-
-    with ray_session(num_workers):
-        check_cpus(num_workers, f"{num_workers} workers")
-        task = ray.remote(num_cpus=1, max_retries=3)(PartitionJob.run)
-        waiting = list(reversed(jobs))
-        running: dict[Any, PartitionJob] = {}
-        while waiting or running:
-            while waiting and len(running) < num_workers:
-                job = waiting.pop()
-                running[task.remote(job)] = job
-            done, _ = ray.wait(list(running))
-            for reference in done:
-                yield running.pop(reference), _result(reference)
+    task = ray.remote(num_cpus=1, max_retries=3)(PartitionJob.run)
+    waiting = list(reversed(jobs))
+    running: dict[Any, PartitionJob] = {}
+    while waiting or running:
+        while waiting and len(running) < num_workers:
+            job = waiting.pop()
+            running[task.remote(job)] = job
+        done, _ = ray.wait(list(running))
+        for reference in done:
+            yield running.pop(reference), _result(reference)
 
 
 def _result(reference: Any) -> PartitionInfo:
