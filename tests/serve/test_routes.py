@@ -3,11 +3,14 @@ from __future__ import annotations
 import json
 import logging
 import time
+from itertools import pairwise
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rayvaec.errors import CountsError
 from rayvaec.infer import posterior
@@ -75,6 +78,8 @@ def counts_of(response: httpx.Response, n_genes: int) -> np.ndarray:
         indptr, indices, counts = rows.indptr, rows.indices, rows.counts
         assert rows.cells.tolist() == np.repeat(range(said["n_cells"]), said["n_samples"]).tolist()
         assert rows.samples.tolist() == list(range(said["n_samples"])) * said["n_cells"]
+    for first, last in pairwise(indptr):
+        assert all(a < b for a, b in pairwise(indices[first:last])), "ascending in every row"
     dense = np.zeros((said["n_cells"] * said["n_samples"], n_genes), np.int64)
     dense[np.repeat(np.arange(len(dense)), np.diff(indptr)), indices] = counts
     return dense.reshape(said["n_cells"], said["n_samples"], n_genes).transpose(0, 2, 1)
@@ -87,7 +92,7 @@ def problem(response: httpx.Response, status: int) -> dict[str, str]:
     assert set(said) == {"error", "detail", "fix", "request_id"}
     assert all(isinstance(value, str) and value for value in said.values()), said
     assert said["request_id"] == response.headers["X-Request-ID"]
-    assert not said["detail"].endswith(".")
+    assert not said["detail"].removesuffix("...").endswith(".")
     assert "Traceback" not in response.text
     return said
 
@@ -677,3 +682,35 @@ def test_the_clients_request_id_is_kept_if_it_is_fit(http):
     assert http.get("/nowhere", headers={"X-Request-ID": "abc-1"}).json()["request_id"] == "abc-1"
     odd = http.get("/nowhere", headers={"X-Request-ID": "x" * 500}).json()["request_id"]
     assert odd != "x" * 500
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["dense", "indptr", "indices", "counts"]), inner)
+    ),
+    max_leaves=10,
+)
+FIELDS = (
+    *("cells", "dense", "genes", "labels", "batches", "cell_ids", "n_samples", "seed"),
+    *("reduce", "out_genes", "allow_missing", "label", "n_cells", "library"),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(["/v1/sample", "/v1/generate", "/v1/latent", "/v1/expression"]),
+    st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=3),
+    st.booleans(),
+)
+def test_no_body_breaks_the_server(http, path, changes, small):
+    cells = {"indptr": [0, 1], "indices": [0], "counts": [1]}
+    base = {"labels": ["type_0"], "cells": cells, "n_samples": 1} if small else {}
+    if path == "/v1/generate" and small:
+        base = {"label": "type_0", "library": 10}
+    content = json.dumps({**base, **changes})
+    response = http.post(path, content=content, headers={"Content-Type": JSON})
+    assert response.status_code in (200, 400, 413, 422), response.text
+    if response.status_code != 200:
+        problem(response, response.status_code)
