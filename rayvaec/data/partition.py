@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -11,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayvaec.data.checksums import folder_checksums, joint_checksum
-from rayvaec.data.elements import create_anndata, write_csr, write_frame
+from rayvaec.data.elements import check_codec, create_anndata, write_csr, write_frame
 from rayvaec.data.manifest import Manifest, PartitionInfo
 from rayvaec.data.registry import Registry
-from rayvaec.errors import ConfigError
+from rayvaec.errors import ConfigError, StoreError
 from rayvaec.files import write_json
 
 STORE_ATTRIBUTES = {"encoding-type": "annbatch-preshuffled", "encoding-version": "0.1.0"}
@@ -148,26 +149,42 @@ def write_partition(
     ------
     ConfigError
         If there is no such codec, or `rows_per_chunk` is below 1.
+    StoreError
+        If the disk is full or cannot be written to, or something stands in the partition's place.
     """
     n_cells, nnz = len(cells.labels), len(cells.counts)
     chunk = chunk_elements(nnz, n_cells, rows_per_chunk)
-    folder.mkdir(parents=True, exist_ok=True)
-    root = create_anndata(str(folder / name))
+    check_codec(codec)
     csr = (
         cells.indptr.astype(np.int64, copy=False),
         cells.indices.astype(dtypes.indices, copy=False),
         cells.counts.astype(dtypes.counts, copy=False),
     )
-    write_csr(root, "X", csr, registry.n_genes, chunk=chunk, codec=codec)
     columns = {registry.labels_key: (cells.labels, registry.labels)}
     if registry.batch_key is not None and cells.batches is not None:
         columns[registry.batch_key] = (cells.batches, registry.batches)
-    write_frame(root, "obs", cells.names, columns)
-    write_frame(root, "var", registry.genes, {})
-    files = folder_checksums(folder / name)
+    with _writing(folder / name):
+        folder.mkdir(parents=True, exist_ok=True)
+        root = create_anndata(str(folder / name))
+        write_csr(root, "X", csr, registry.n_genes, chunk=chunk, codec=codec)
+        write_frame(root, "obs", cells.names, columns)
+        write_frame(root, "var", registry.genes, {})
+        files = folder_checksums(folder / name)
     return PartitionInfo(
         name=name, n_cells=n_cells, nnz=nnz, files=files, checksum=joint_checksum(files)
     )
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn a disk that is full, gone or read-only into an error that names the place."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be written ({error.strerror or error})",
+            "make room on that disk, or choose another --out",
+        ) from error
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -179,10 +196,16 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         Folder of the store, with every partition that `manifest` names.
     manifest : Manifest
         What the store holds.
+
+    Raises
+    ------
+    StoreError
+        If the disk is full or cannot be written to.
     """
     group = {
         "zarr_format": 3,
         "node_type": "group",
         "attributes": {**STORE_ATTRIBUTES, "rayvaec": manifest.to_json()},
     }
-    write_json(folder / "zarr.json", group)
+    with _writing(folder / "zarr.json"):
+        write_json(folder / "zarr.json", group)

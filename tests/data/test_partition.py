@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import anndata
@@ -10,7 +11,7 @@ import zarr
 
 from rayvaec.data.checksums import file_checksum, folder_checksums, joint_checksum
 from rayvaec.data.partition import CountsDtypes, chunk_elements
-from rayvaec.errors import ConfigError
+from rayvaec.errors import ConfigError, StoreError
 
 
 @pytest.mark.parametrize("n_batches", [0, 3])
@@ -111,3 +112,23 @@ def test_checksums_are_those_of_sha256sum(tmp_path: Path):
     (tmp_path / "listing").write_text(f"{empty}  a\n{abc}  b/x\n")
     assert joint_checksum(files) == file_checksum(tmp_path / "listing")
     assert joint_checksum(dict(reversed(files.items()))) == joint_checksum(files)
+
+
+def test_a_full_disk_is_an_error_that_names_the_place(make_store, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(StoreError) as error:
+            make_store("full", n_partitions=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(error.value) == (
+        f"{tmp_path}/full/dataset_0 cannot be written (File too large); "
+        "make room on that disk, or choose another --out"
+    )
+
+
+def test_a_partition_is_not_written_over_another(make_store):
+    make_store("twice")
+    with pytest.raises(StoreError, match="twice/dataset_0 cannot be written"):
+        make_store("twice")
