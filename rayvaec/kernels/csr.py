@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
 from rayvaec.errors import CountsError
+from rayvaec.kernels.threads import run_all, spans
 
 
 class CsrCounts(NamedTuple):
@@ -145,6 +148,18 @@ class CsrCounts(NamedTuple):
         )
 
 
+@njit(nogil=True, cache=True)
+def _is_ascending(indptr: NDArray[Any], indices: NDArray[Any]) -> bool:
+    """Return whether indices rise strictly within every row."""
+    for row in range(len(indptr) - 1):
+        rises = True
+        for i in range(indptr[row] + 1, indptr[row + 1]):
+            rises &= indices[i] > indices[i - 1]
+        if not rises:
+            return False
+    return True
+
+
 def checked_arrays(
     x: CsrCounts,
 ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]:
@@ -158,13 +173,14 @@ def checked_arrays(
     Returns
     -------
     indptr, indices, counts : ndarray
-        Of int64, int32 and int32; not copied where they are so already.
+        Of int64, int32 and int32, with ascending genes in every cell; not copied where they are
+        so already.
 
     Raises
     ------
     CountsError
-        If a count is negative or too large, or an index is not that of a gene: a compiled kernel
-        would read and write out of bounds.
+        If a count is negative or too large, an index is not that of a gene (a compiled kernel
+        would read and write out of bounds), or a gene occurs twice in a cell.
     """
     indices, counts = x.indices.numpy(), x.counts.numpy()
     for name, values, limit in (("index", indices, x.n_genes), ("count", counts, 2**31)):
@@ -174,8 +190,61 @@ def checked_arrays(
                 f"{name} {values[place]} at entry {place} is outside 0 to {limit - 1}",
                 f"counts are non-negative and of the model's {x.n_genes} genes",
             )
-    return (
-        x.indptr.numpy().astype(np.int64, copy=False),
-        np.ascontiguousarray(indices, dtype=np.int32),
-        np.ascontiguousarray(counts, dtype=np.int32),
+    indptr = x.indptr.numpy().astype(np.int64, copy=False)
+    genes = np.ascontiguousarray(indices, dtype=np.int32)
+    values = np.ascontiguousarray(counts, dtype=np.int32)
+    if not _is_ascending(indptr, genes):
+        cells = x.cells().numpy()
+        order = np.lexsort((genes, cells))
+        genes, values = genes[order], values[order]
+        if not _is_ascending(indptr, genes):
+            twice = int(np.flatnonzero((np.diff(genes) == 0) & (np.diff(cells) == 0))[0])
+            raise CountsError(
+                f"gene {genes[twice]} occurs twice in cell {cells[twice]}",
+                "sum duplicate entries before (scipy: sum_duplicates)",
+            )
+    return indptr, genes, values
+
+
+@njit(nogil=True, cache=True)
+def _fill_places(
+    indptr: NDArray[Any], indices: NDArray[Any], width: int, places: NDArray[Any]
+) -> None:
+    for row in range(len(places)):
+        place, stop = indptr[row], indptr[row + 1]
+        places[row, 0] = place
+        for tile in range(1, places.shape[1]):
+            while place < stop and indices[place] < tile * width:
+                place += 1
+            places[row, tile] = place
+
+
+def tile_places(
+    indptr: NDArray[np.int64], indices: NDArray[np.int32], width: int, n_genes: int
+) -> NDArray[np.int64]:
+    """Find where every row's entries of every tile of genes begin.
+
+    Parameters
+    ----------
+    indptr : ndarray[n_rows + 1]
+        Row boundaries; need not begin at 0.
+    indices : ndarray
+        Genes, ascending in every row.
+    width : int
+        Genes of a tile; the last may be narrower.
+    n_genes : int
+        Number of columns.
+
+    Returns
+    -------
+    ndarray[n_rows, n_tiles + 1], int64
+        Row c's entries of tile t are [places[c, t], places[c, t + 1]).
+    """
+    places = np.empty((len(indptr) - 1, -(-n_genes // width) + 1), np.int64)
+    run_all(
+        [
+            partial(_fill_places, indptr[a : b + 1], indices, width, places[a:b])
+            for a, b in spans(len(places), 4 if len(indices) > 100_000 else 1)
+        ]
     )
+    return places

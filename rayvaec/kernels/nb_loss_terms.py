@@ -11,8 +11,8 @@ from rayvaec.kernels.csr import CsrCounts
 RATE_FLOOR = 1e-30
 """Smallest total count (softplus form) or mean (softmax form) at a count above zero."""
 
-CHUNK_ENTRIES = 1 << 19
-"""Cells x genes that are worked on at a time."""
+CHUNK_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 26}
+"""Cells x genes that are worked on at a time, by device: 16 MiB and 256 MiB of float32."""
 
 
 class Inputs(NamedTuple):
@@ -54,6 +54,17 @@ class Gradients(NamedTuple):
     px_r: Tensor
 
 
-def chunk_rows(n_cells: int, n_genes: int) -> int:
-    """Return how many cells are worked on at a time."""
-    return max(1, min(n_cells, CHUNK_ENTRIES // max(1, n_genes)))
+def chunk_rows(x: CsrCounts) -> int:
+    """Return how many cells are worked on at a time, at least one.
+
+    Parameters
+    ----------
+    x : CsrCounts
+        The minibatch; its device tells how much memory a chunk may take.
+
+    Returns
+    -------
+    int
+    """
+    entries = CHUNK_ENTRIES.get(x.device.type, CHUNK_ENTRIES["cuda"])
+    return max(1, min(x.n_cells, entries // max(1, x.n_genes)))

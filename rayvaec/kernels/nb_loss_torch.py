@@ -61,7 +61,7 @@ def _chunks(inputs: Inputs) -> Iterator[tuple[slice, _Entries]]:
     """Yield the rows of every chunk and its non-zeros, with cells counted from the first row."""
     x = inputs.x
     cells, genes, counts = x.cells(), x.indices.to(torch.int64), x.counts.to(torch.int64)
-    height = chunk_rows(x.n_cells, x.n_genes)
+    height = chunk_rows(x)
     starts = [*range(0, x.n_cells, height), x.n_cells]
     bounds = x.indptr[torch.tensor(starts, device=x.device)].tolist()
     for i, start in enumerate(starts[:-1]):

@@ -1,9 +1,9 @@
 """The encoder's first layer: counts in CSR times a dense weight.
 
-On the CPU in float32 the product runs over the non-zeros alone, and its gradient over the same
-non-zeros sorted by gene, so that each gene's column is written once, by one thread. Every
-output depends on its own row (or gene) only and adds up in one fixed order: neither the number of
-threads nor the other rows change a bit. Elsewhere chunks of cells are made dense.
+On the CPU in float32 the product runs over the non-zeros alone, by tiles of genes whose part of the
+weight, or of its gradient, stays in cache. Every row of the output, and every gene's column of the
+gradient, adds up in one fixed order: the number of threads does not change a bit, and a row's
+genes do not depend on other rows. Elsewhere chunks of cells are made dense.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rayvaec.errors import ConfigError
-from rayvaec.kernels.csr import CsrCounts, checked_arrays
+from rayvaec.kernels.csr import CsrCounts, checked_arrays, tile_places
 from rayvaec.kernels.nb_loss_terms import chunk_rows
+from rayvaec.kernels.special import add_scaled
 from rayvaec.kernels.threads import run_all, spans, thread_count
 
 _F = np.float32
 _TABLE = np.log1p(np.arange(256, dtype=np.float64)).astype(np.float32)
-_GENES = 16  # float32s of one cache line: a block of genes is transposed through it
-_FAST = {"contract", "nsz"}
+_TILE_GENES = 512  # 256 KiB of a weight with 128 outputs: a tile stays in a core's own cache
+_LINE = 16  # float32s of one cache line: transposing goes line by line
 
 _workspace = threading.local()
 
@@ -50,164 +51,151 @@ def _values(counts: NDArray[Any], log1p: bool, values: NDArray[Any]) -> None:
 @njit(nogil=True, cache=True)
 def _transpose(weight: NDArray[Any], columns: NDArray[Any], first: int, last: int) -> None:
     """Copy columns [first, last) of the weight to rows of `columns`."""
-    for start in range(first, last, _GENES):
-        stop = min(start + _GENES, last)
+    for start in range(first, last, _LINE):
+        stop = min(start + _LINE, last)
         for row in range(weight.shape[0]):
             for gene in range(start, stop):
                 columns[gene, row] = weight[row, gene]
 
 
-@njit(nogil=True, fastmath=_FAST)
-def _add_scaled(total: NDArray[Any], values: NDArray[Any], factor: np.float32) -> None:
-    for i in range(len(total)):
-        total[i] += factor * values[i]
-
-
 @njit(nogil=True, cache=True)
 def _forward(
-    indptr: NDArray[Any],
+    places: NDArray[Any],
     indices: NDArray[Any],
     values: NDArray[Any],
     columns: NDArray[Any],
     out: NDArray[Any],
 ) -> None:
-    """Add every row's weighted sum of `columns` to `out`."""
-    for row in range(len(out)):
-        for i in range(indptr[row], indptr[row + 1]):
-            _add_scaled(out[row], columns[np.uint32(indices[i])], values[i])
-
-
-@njit(nogil=True, cache=True)
-def _by_gene(
-    indptr: NDArray[Any],
-    indices: NDArray[Any],
-    values: NDArray[Any],
-    ends: NDArray[Any],
-    cells: NDArray[Any],
-    sorted_values: NDArray[Any],
-) -> None:
-    """Sort entries by gene, stably; gene g's are [ends[g], ends[g + 1]) afterwards."""
-    for i in range(len(indices)):
-        ends[np.uint32(indices[i]) + 2] += 1
-    for gene in range(2, len(ends)):
-        ends[gene] += ends[gene - 1]
-    for cell in range(len(indptr) - 1):
-        for i in range(indptr[cell], indptr[cell + 1]):
-            slot = np.uint32(indices[i]) + 1
-            place = ends[slot]
-            cells[place] = cell
-            sorted_values[place] = values[i]
-            ends[slot] = place + 1
+    """Add every row's weighted sum of `columns` to `out`, tile of genes by tile."""
+    for tile in range(places.shape[1] - 1):
+        for row in range(len(out)):
+            for i in range(places[row, tile], places[row, tile + 1]):
+                add_scaled(out[row], columns[np.uint32(indices[i])], values[i])
 
 
 @njit(nogil=True, cache=True)
 def _backward(
-    ends: NDArray[Any],
-    cells: NDArray[Any],
+    places: NDArray[Any],
+    indices: NDArray[Any],
     values: NDArray[Any],
     grad_out: NDArray[Any],
     grad_weight: NDArray[Any],
+    tile: int,
     first: int,
     last: int,
 ) -> None:
-    """Set columns [first, last) of the weight's gradient."""
+    """Set one tile's columns [first, last) of the weight's gradient."""
     n_out = grad_out.shape[1]
-    block = np.empty((_GENES, n_out), _F)
-    for start in range(first, last, _GENES):
-        stop = min(start + _GENES, last)
-        block[:] = 0
-        for gene in range(start, stop):
-            for i in range(ends[gene], ends[gene + 1]):
-                _add_scaled(block[gene - start], grad_out[np.uint32(cells[i])], values[i])
-        for row in range(n_out):
+    block = np.zeros((last - first, n_out), _F)
+    for row in range(len(grad_out)):
+        for i in range(places[row, tile], places[row, tile + 1]):
+            add_scaled(block[np.uint32(indices[i] - first)], grad_out[row], values[i])
+    for start in range(0, len(block), _LINE):
+        stop = min(start + _LINE, len(block))
+        for j in range(n_out):
             for gene in range(start, stop):
-                grad_weight[row, gene] = block[gene - start, row]
+                grad_weight[j, first + gene] = block[gene, j]
 
 
-def sparse_linear(x: CsrCounts, weight: Tensor, bias: Tensor | None, *, log1p: bool) -> Tensor:
-    """Multiply counts with the first n_genes columns of a weight.
+def sparse_linear(
+    x: CsrCounts, weight: Tensor, bias: Tensor | None, *, log1p: bool, beside: Tensor | None = None
+) -> Tensor:
+    """Multiply counts, and dense inputs beside them, with a weight.
 
     Parameters
     ----------
     x : CsrCounts
         Raw counts of n_cells x n_genes.
     weight : Tensor[n_out, n_in], n_in >= n_genes
-        Of a linear layer whose first inputs are the genes; the other columns (labels, batches) are
+        Of a linear layer whose first inputs are the genes. Columns beyond those of `beside` are
         not read and get a gradient of zero.
     bias : Tensor[n_out], optional
         Added to every row.
     log1p : bool
         Whether the layer reads log(1 + x) instead of x.
+    beside : Tensor[n_cells, n_beside], optional
+        Inputs of the columns after the genes (labels, batches). Passing them here spares a second
+        gradient of the weight's size.
 
     Returns
     -------
     Tensor[n_cells, n_out]
-        Differentiable once with respect to weight and bias.
+        Differentiable once with respect to weight, bias and `beside`.
 
     Raises
     ------
     ConfigError
-        If the weight has fewer columns than there are genes.
+        If the weight has fewer columns than there are inputs.
     CountsError
         If a count is negative or a gene beyond n_genes.
     """
-    if weight.ndim != 2 or weight.shape[1] < x.n_genes:
+    n_in = x.n_genes + (0 if beside is None else beside.shape[1])
+    if weight.ndim != 2 or weight.shape[1] < n_in:
         raise ConfigError(
-            f"weight has shape {tuple(weight.shape)} for counts of {x.n_genes} genes",
-            "pass a weight with one column a gene, and more only after those",
+            f"weight has shape {tuple(weight.shape)} for {n_in} inputs, {x.n_genes} of them genes",
+            "pass a weight with one column an input, genes first",
         )
     fused = weight.device.type == "cpu" and weight.dtype == torch.float32
-    out = (_Sparse if fused else _DenseChunks).apply(weight, x, log1p)
+    out = (_Sparse if fused else _DenseChunks).apply(weight, beside, x, log1p)
     return out if bias is None else out + bias
+
+
+def _beside_columns(weight: Tensor, beside: Tensor, n_genes: int) -> Tensor:
+    return weight[:, n_genes : n_genes + beside.shape[1]]
+
+
+def _finish_gradient(ctx: Any, grad: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Fill in what lies beside the genes; return the gradients of weight and `beside`."""
+    grad[:, ctx.x.n_genes :] = 0
+    if ctx.beside is None:
+        return grad, None
+    torch.mm(grad_out.t(), ctx.beside, out=_beside_columns(grad, ctx.beside, ctx.x.n_genes))
+    if not ctx.needs_input_grad[1]:
+        return grad, None
+    return grad, grad_out @ _beside_columns(ctx.weight, ctx.beside, ctx.x.n_genes)
 
 
 class _Sparse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, x: CsrCounts, log1p: bool) -> Tensor:
+    def forward(
+        ctx: Any, weight: Tensor, beside: Tensor | None, x: CsrCounts, log1p: bool
+    ) -> Tensor:
         indptr, indices, counts = checked_arrays(x)
         values = np.empty(len(counts), _F)
         _values(counts, log1p, values)
-        columns = _columns(weight.detach(), x.n_genes)
-        out = torch.zeros(x.n_cells, len(weight))
+        places = tile_places(indptr, indices, _TILE_GENES, x.n_genes)
+        columns = _columns(weight, x.n_genes)
+        if beside is None:
+            out = torch.zeros(x.n_cells, len(weight))
+        else:
+            out = beside @ _beside_columns(weight, beside, x.n_genes).t()
         into = out.numpy()
         run_all(
             [
-                partial(_forward, indptr[a : b + 1], indices, values, columns, into[a:b])
+                partial(_forward, places[a:b], indices, values, columns, into[a:b])
                 for a, b in spans(x.n_cells, 4 * thread_count())
             ]
         )
-        ctx.entries = indptr, indices, values
-        ctx.shape = weight.shape
-        ctx.n_genes = x.n_genes
+        ctx.weight, ctx.beside, ctx.x = weight, beside, x
+        ctx.entries = places, indices, values
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None]:
-        indptr, indices, values = ctx.entries
-        ends = np.zeros(ctx.n_genes + 2, np.int64)
-        cells, by_gene = np.empty(len(indices), np.int32), np.empty(len(indices), _F)
-        _by_gene(indptr, indices, values, ends, cells, by_gene)
-        grad = torch.empty(ctx.shape)
-        grad[:, ctx.n_genes :] = 0
-        grads, into = grad_out.contiguous().numpy(), grad.numpy()
-        blocks = spans(-(-ctx.n_genes // _GENES), 8 * thread_count())
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        grad_out = grad_out.contiguous()
+        grad = torch.empty_like(ctx.weight)
+        outer, into = grad_out.numpy(), grad.numpy()
+        places, indices, values = ctx.entries
+        starts = range(0, ctx.x.n_genes, _TILE_GENES)
         run_all(
             [
-                partial(
-                    _backward,
-                    ends,
-                    cells,
-                    by_gene,
-                    grads,
-                    into,
-                    a * _GENES,
-                    min(b * _GENES, ctx.n_genes),
-                )
-                for a, b in blocks
+                partial(_backward, places, indices, values, outer, into, tile, first, last)
+                for tile, first in enumerate(starts)
+                for last in [min(first + _TILE_GENES, ctx.x.n_genes)]
             ]
         )
-        return grad, None, None
+        return *_finish_gradient(ctx, grad, grad_out), None, None
 
 
 def _columns(weight: Tensor, n_genes: int) -> NDArray[np.float32]:
@@ -218,36 +206,41 @@ def _columns(weight: Tensor, n_genes: int) -> NDArray[np.float32]:
     kept = getattr(_workspace, "columns", None)
     if kept is None or kept.shape != (n_genes, len(weight)):
         kept = _workspace.columns = np.empty((n_genes, len(weight)), _F)
-    source = weight.contiguous().numpy()
-    blocks = spans(-(-n_genes // _GENES), 4 * thread_count())
+    source = weight.detach().contiguous().numpy()
     run_all(
-        [partial(_transpose, source, kept, a * _GENES, min(b * _GENES, n_genes)) for a, b in blocks]
+        [
+            partial(_transpose, source, kept, a * _LINE, min(b * _LINE, n_genes))
+            for a, b in spans(-(-n_genes // _LINE), 4 * thread_count())
+        ]
     )
     return kept
 
 
 class _DenseChunks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, x: CsrCounts, log1p: bool) -> Tensor:
-        ctx.x, ctx.log1p = x, log1p
-        ctx.shape = weight.shape
+    def forward(
+        ctx: Any, weight: Tensor, beside: Tensor | None, x: CsrCounts, log1p: bool
+    ) -> Tensor:
+        ctx.weight, ctx.beside, ctx.x, ctx.log1p = weight, beside, x, log1p
         out = weight.new_empty(x.n_cells, len(weight))
         columns = weight[:, : x.n_genes].t()
         for rows, dense in _dense_chunks(x, log1p, weight.dtype):
             torch.mm(dense, columns, out=out[rows])
+        if beside is not None:
+            out.addmm_(beside, _beside_columns(weight, beside, x.n_genes).t())
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None]:
-        grad = grad_out.new_zeros(ctx.shape)
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        grad = torch.zeros_like(ctx.weight)
         for rows, dense in _dense_chunks(ctx.x, ctx.log1p, grad.dtype):
             grad[:, : ctx.x.n_genes].addmm_(grad_out[rows].t(), dense)
-        return grad, None, None
+        return *_finish_gradient(ctx, grad, grad_out), None, None
 
 
 def _dense_chunks(x: CsrCounts, log1p: bool, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    height = chunk_rows(x.n_cells, x.n_genes)
+    height = chunk_rows(x)
     for start in range(0, x.n_cells, height):
         stop = min(start + height, x.n_cells)
         first, last = x.indptr[start], x.indptr[stop]

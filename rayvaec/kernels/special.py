@@ -6,17 +6,28 @@ instead of 5 to 10. Coefficients are Chebyshev fits; errors (largest relative on
 range) are below 3e-7.
 
 Kernels of other modules inline these functions, and numba's cache looks at the calling file only:
-after a change here, touch nb_loss_rows.py.
+after a change here, touch nb_loss_softplus.py, nb_loss_softmax.py and sparse_linear.py.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
+
+# FMA and sums in several lanes: fixed when compiled, and dependent on nothing but the row itself.
+FAST = {"contract", "nsz"}
+SUMS = {"contract", "nsz", "reassoc", "nnan"}
 
 _F = np.float32
+_BLOCK = 1024
+# Counts up to here go by products: below (1e6 + 32)**32 nothing overflows a float64.
+_SMALL = 32
+_LARGE_RATE = 1e6
+_INVERSE_FACTORIAL = np.array([1.0 / math.factorial(x) for x in range(_SMALL + 1)])
 _ROUND = np.float32(12582912.0)  # 1.5 * 2**23: adding it rounds to an integer, kept in the low bits
 _LOG2_E = np.float32(1.4426950408889634)
 _LN2_HIGH = np.float32(0.693359375)
@@ -122,3 +133,85 @@ def digamma_tail(z: float) -> float:
     """Return digamma(z) - log(z) for z >= 16, to 1e-13."""
     w = 1.0 / (z * z)
     return -0.5 / z - w * (1.0 / 12.0 - w * (1.0 / 120.0 - w * (1.0 / 252.0 - w / 240.0)))
+
+
+@njit(nogil=True)
+def _large_bracket(r: float, x: float) -> tuple[float, float]:
+    """Return lgamma(x+r) - lgamma(r) - lgamma(x+1) and its derivative."""
+    return lgamma_rise(r, x) - math.lgamma(x + 1.0), digamma_rise(r, x)
+
+
+@njit(inline="always")
+def bracket(r: float, x: int) -> tuple[float, float, float]:
+    """Return (product, value, ratio) of a count x > 0.
+
+    lgamma(x+r) - lgamma(r) - lgamma(x+1) is log(product) + value, and ratio its derivative.
+    """
+    product, value = r, 0.0
+    if x == 1:
+        ratio = 1.0 / r
+    elif x > _SMALL or r > _LARGE_RATE:
+        product = 1.0
+        value, ratio = _large_bracket(r, float(x))
+    else:
+        derivative = 1.0
+        for k in range(1, x):
+            term = r + k
+            derivative = derivative * term + product
+            product *= term
+        ratio = derivative / product
+        product *= _INVERSE_FACTORIAL[x]
+    return product, value, ratio
+
+
+@njit(nogil=True, error_model="numpy", fastmath=SUMS)
+def short_dot(u: NDArray[Any], v: NDArray[Any]) -> np.float32:
+    """Return u @ v in float32: for some thousand numbers at most."""
+    total = _F(0.0)
+    for i in range(len(u)):
+        total += u[i] * v[i]
+    return total
+
+
+@njit(nogil=True)
+def dot(u: NDArray[Any], v: NDArray[Any]) -> float:
+    """Return u @ v, by blocks whose float32 sums are added up in float64."""
+    total = 0.0
+    for start in range(0, len(u), _BLOCK):
+        total += float(short_dot(u[start : start + _BLOCK], v[start : start + _BLOCK]))
+    return total
+
+
+@njit(nogil=True, error_model="numpy", fastmath=SUMS)
+def _short_sum(values: NDArray[Any]) -> np.float32:
+    total = _F(0.0)
+    for i in range(len(values)):
+        total += values[i]
+    return total
+
+
+@njit(nogil=True)
+def block_sum(values: NDArray[Any]) -> float:
+    """Return the sum, by blocks whose float32 sums are added up in float64."""
+    total = 0.0
+    for start in range(0, len(values), _BLOCK):
+        total += float(_short_sum(values[start : start + _BLOCK]))
+    return total
+
+
+@njit(nogil=True, error_model="numpy", fastmath=FAST)
+def add_scaled(total: NDArray[Any], values: NDArray[Any], factor: np.float32) -> None:
+    """Add factor * values to `total`."""
+    for g in range(len(total)):
+        total[g] += factor * values[g]
+
+
+@njit(nogil=True, error_model="numpy", fastmath=FAST)
+def product_into(
+    out: NDArray[Any], u: NDArray[Any], v: NDArray[Any], factor: np.float32, total: NDArray[Any]
+) -> None:
+    """Set out = factor * u * v, and add it to `total`."""
+    for g in range(len(out)):
+        value = factor * u[g] * v[g]
+        out[g] = value
+        total[g] += value

@@ -7,7 +7,7 @@ from scipy import stats
 from torch.nn import functional
 
 from rayvaec.errors import ConfigError, CountsError
-from rayvaec.kernels import nb_loss_terms
+from rayvaec.kernels import nb_loss_softplus, nb_loss_terms
 from rayvaec.kernels.csr import CsrCounts
 from rayvaec.kernels.nb_loss import nb_reconstruction
 
@@ -41,9 +41,13 @@ def largest_error(found, expected):
 
 @pytest.fixture(params=[None, 5])
 def chunks(request, monkeypatch):
-    """One chunk, and chunks of five cells of which the last is short."""
+    """One chunk, and chunks of five cells and blocks of two tiles, the last ones short."""
     if request.param:
-        monkeypatch.setattr(nb_loss_terms, "CHUNK_ENTRIES", request.param * 257)
+        monkeypatch.setitem(nb_loss_terms.CHUNK_ENTRIES, "cpu", request.param * 257)
+        monkeypatch.setattr(nb_loss_softplus, "CHUNK_CELLS", request.param)
+        monkeypatch.setattr(nb_loss_softplus, "_TILE_GENES", 50)
+        monkeypatch.setattr(nb_loss_softplus, "BLOCK_ENTRIES", 2 * 50 * request.param)
+        monkeypatch.setattr(nb_loss_softplus, "_PIECE_CELLS", 2)
 
 
 @pytest.mark.usefixtures("chunks")
@@ -227,12 +231,13 @@ def test_the_same_call_gives_the_same_bits(make_counts, generative):
 
 
 def test_memory_does_not_grow_with_cells_times_genes(make_counts, monkeypatch):
-    monkeypatch.setattr(nb_loss_terms, "CHUNK_ENTRIES", 1 << 14)
-    x = make_counts(2_000, 1_000)
+    monkeypatch.setitem(nb_loss_terms.CHUNK_ENTRIES, "cpu", 1 << 14)
+    monkeypatch.setattr(nb_loss_softplus, "CHUNK_CELLS", 64)
+    x = make_counts(600, 3_000)
     leaves, library, factor = leaves_of(x, n_hidden=4)
     for version in ("cpu", "cuda"):
         largest = largest_tensor(leaves, library, x, factor, version)
-        assert largest < 2_000 * 1_000 // 4, version
+        assert largest < 600 * 3_000 // 4, version
 
 
 def largest_tensor(leaves, library, x, factor, version):

@@ -5,8 +5,15 @@ import pytest
 import torch
 
 from rayvaec.errors import ConfigError, CountsError
+from rayvaec.kernels import sparse_linear as module
 from rayvaec.kernels.csr import CsrCounts
 from rayvaec.kernels.sparse_linear import sparse_linear
+
+
+@pytest.fixture(autouse=True)
+def narrow_tiles(monkeypatch):
+    """Several tiles, the last one short."""
+    monkeypatch.setattr(module, "_TILE_GENES", 24)
 
 
 def evaluate(x, weight, bias, outer, log1p):
@@ -35,6 +42,36 @@ def test_values_and_gradients_of_the_dense_product(
     assert (grad_weight[:, :n_genes] - expected).abs().max() < limit * expected.abs().max()
     assert not grad_weight[:, n_genes:].any()
     torch.testing.assert_close(grad_bias, outer.sum(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inputs_beside_the_genes(make_counts, dtype):
+    torch.manual_seed(0)
+    x = make_counts(30, 50)
+    weight = torch.randn(8, 56, dtype=dtype, requires_grad=True)
+    beside = torch.randn(30, 4, dtype=dtype, requires_grad=True)
+    out = sparse_linear(x, weight, None, log1p=True, beside=beside)
+    outer = torch.randn_like(out)
+    found = torch.autograd.grad(out, [weight, beside], outer)
+    joined = torch.cat((x.to_dense(dtype).log1p(), beside, torch.zeros(30, 2)), 1)
+    expected = joined @ weight.t()
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    exact = torch.autograd.grad(expected, [weight, beside], outer)
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert not found[0][:, 54:].any()
+
+
+def test_unsorted_rows_are_sorted_and_duplicates_refused():
+    weight = torch.randn(3, 5)
+    mixed = CsrCounts.from_numpy(
+        np.array([0, 1, 4]), np.array([4, 3, 0, 1]), np.array([1, 2, 3, 4]), 5
+    )
+    out = sparse_linear(mixed, weight, None, log1p=False)
+    torch.testing.assert_close(out, mixed.to_dense() @ weight.t())
+    twice = mixed._replace(indices=torch.tensor([4, 3, 0, 3]))
+    with pytest.raises(CountsError, match="gene 3 occurs twice in cell 1"):
+        sparse_linear(twice, weight, None, log1p=False)
 
 
 def test_gradcheck_off_the_fast_path(make_counts):
@@ -74,7 +111,7 @@ def test_no_cells():
 
 def test_what_does_not_fit_is_refused(make_counts):
     x = make_counts(6, 20)
-    with pytest.raises(ConfigError, match=r"weight has shape \(8, 19\) for counts of 20 genes"):
+    with pytest.raises(ConfigError, match=r"weight has shape \(8, 19\) for 20 inputs, 20 of them"):
         sparse_linear(x, torch.ones(8, 19), None, log1p=True)
     beyond = x._replace(indices=x.indices.int() + 20)
     with pytest.raises(CountsError, match="is outside 0 to 19"):
