@@ -289,7 +289,7 @@ def _add_serve(verbs: Verbs) -> None:
     verb = verbs.add_parser("serve", help="serve a model's draws over HTTP, on Ray Serve")
     verb.add_argument("model", type=Path, metavar="MODEL")
     verb.add_argument("--host", default="127.0.0.1", help="another address needs a token")
-    verb.add_argument("--port", type=int, default=8000)
+    verb.add_argument("--port", type=int, default=8000, help="0 for any that is free")
     verb.add_argument("--num-replicas", type=int, default=1, metavar="N")
     verb.add_argument("--token-file", type=Path, metavar="FILE", help="or RAYVAEC_TOKEN")
     verb.add_argument("--use-gpu", action="store_true", help="one GPU a replica")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from rayvaec.client import Client
 from rayvaec.errors import RayvaecError
 from rayvaec.files import check_free, remove
 
-SERVER_START_S = 180
+SERVER_STOP_S = 120
 
 
 def demo(out: Path, n_cells: int = 20_000, overwrite: bool = False) -> None:
@@ -108,26 +107,28 @@ def _compare(store: str, drawn: str) -> None:
 def _served(model: str, atlas: str) -> None:
     import anndata
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = ("serve", model, "--port", str(port))
+    words = ("serve", model, "--port", "0")
     print(f"$ rayvaec {shlex.join(words)} &", flush=True)
-    server = subprocess.Popen([sys.executable, "-m", "rayvaec", *words])  # noqa: S603
+    server = subprocess.Popen(  # noqa: S603
+        [sys.executable, "-m", "rayvaec", *words], stdout=subprocess.PIPE, text=True
+    )
     try:
-        client = Client(f"http://127.0.0.1:{port}")
-        _await_ready(client, server)
+        url = _url_when_ready(server)
         cells = anndata.read_h5ad(atlas)[:64].copy()
-        print(f'>>> Client("http://127.0.0.1:{port}").sample(adata[:64], n_samples=10, seed=0)')
-        print(client.sample(cells, labels_key="cell_type", n_samples=10, seed=0))
+        print(f'>>> Client("{url}").sample(adata[:64], n_samples=10, seed=0)')
+        with Client(url) as client:
+            print(client.sample(cells, labels_key="cell_type", n_samples=10, seed=0))
     finally:
         server.send_signal(signal.SIGINT)
-        server.wait(timeout=60)
+        for line in server.stdout or ():
+            print(line, end="")
+        server.wait(timeout=SERVER_STOP_S)
 
 
-def _await_ready(client: Client, server: subprocess.Popen[bytes]) -> None:
-    until = time.monotonic() + SERVER_START_S
-    while not client.ready():
-        if server.poll() is not None or time.monotonic() > until:
-            raise RayvaecError("the server did not become ready", "see what it says above")
-        time.sleep(0.5)
+def _url_when_ready(server: subprocess.Popen[str]) -> str:
+    """Repeat what the server says until it names its address."""
+    for line in server.stdout or ():
+        print(line, end="", flush=True)
+        if line.startswith("ready: "):
+            return line.split()[1]
+    raise RayvaecError("the server ended before it was ready", "see what it says above")

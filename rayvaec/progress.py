@@ -30,7 +30,7 @@ class Progress:
     def __init__(self, total: int, unit: str, task: str, every: float = 10.0) -> None:
         self._total, self._unit, self._task, self._every = total, unit, task, every
         self._done, self._started = 0, time.monotonic()
-        self._last_line = self._started
+        self._last_line, self._logged = self._started, 0
         self._note = ""
         self._bar = (
             tqdm(total=total, unit=f" {unit}", desc=task, unit_scale=True)
@@ -50,12 +50,13 @@ class Progress:
             self._log()
 
     def _log(self) -> None:
-        self._last_line = time.monotonic()
+        self._last_line, self._logged = time.monotonic(), self._done
         rate = self._done / max(self._last_line - self._started, 1e-9)
         left = (self._total - self._done) / max(rate, 1e-9)
         logger.info(
-            "%s: %d of %d %s, %.0f/s, %.0f s left %s",
-            *(self._task, self._done, self._total, self._unit, rate, left, self._note),
+            "%s: %d of %d %s, %.0f/s, %.0f s left%s",
+            *(self._task, self._done, self._total, self._unit, rate, left),
+            f", {self._note}" if self._note else "",
         )
 
     def __enter__(self) -> Self:
@@ -64,5 +65,5 @@ class Progress:
     def __exit__(self, *exc_info: object) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif self._done:
+        elif self._done > self._logged:
             self._log()
