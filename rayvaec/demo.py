@@ -126,9 +126,12 @@ def _served(model: str, atlas: str) -> None:
 
 
 def _url_when_ready(server: subprocess.Popen[str]) -> str:
-    """Repeat what the server says until it names its address."""
+    """Repeat what the server says until it is ready; return the address it names."""
+    url = ""
     for line in server.stdout or ():
         print(line, end="", flush=True)
         if line.startswith("ready: "):
-            return line.split()[1]
+            url = line.split()[1]
+        if line.startswith("try: "):
+            return url
     raise RayvaecError("the server ended before it was ready", "see what it says above")
