@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import socket
 import sys
@@ -169,22 +170,29 @@ def _available(kind: str) -> float:
 
 
 def check_job_paths(paths: Iterable[Path]) -> None:
-    """Refuse relative paths in a submitted job, whose working folder is a copy that goes away.
+    """Refuse URLs, and relative paths in a submitted job.
+
+    The working folder of a job is a copy that goes away.
 
     Parameters
     ----------
     paths : iterable of Path
-        What the job reads and writes.
+        What the command reads and writes.
 
     Raises
     ------
     ConfigError
-        If this process is a job and a path is relative.
+        If a path is a URL, or is relative and this process is a job.
     """
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # what Ray's job server sets
-        return
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # what Ray's job server sets
     for path in paths:
-        if not path.is_absolute():
+        if re.fullmatch(r"[a-z0-9+]{2,}:", path.parts[0] if path.parts else ""):
+            raise ConfigError(
+                f"{path.parts[0]}//{'/'.join(path.parts[1:])} is a URL, and this command works on "
+                "paths alone",
+                "mount the storage and give the path under which every node sees it",
+            )
+        if in_job and not path.is_absolute():
             raise ConfigError(
                 f"the path {path} is relative, and a job runs in a copy of the working folder",
                 "give an absolute path on storage that every node sees",
@@ -230,8 +238,7 @@ def _look_everywhere(nodes: dict[str, str], inputs: list[Path], outputs: list[Pa
             for name in missing:
                 raise ConfigError(
                     f"node {nodes[node]} of the cluster does not see {probes[name]}",
-                    "put it on a filesystem that all nodes share, or give the URL of an object "
-                    "store, such as s3://bucket/path",
+                    "put it on a filesystem that all nodes share",
                 )
     finally:
         for name in laid:

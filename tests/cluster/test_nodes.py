@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from rayvaec.errors import ConfigError
+from rayvaec.runtime import check_job_paths
+
 SCRIPT = """
 import logging, os, sys
 from pathlib import Path
@@ -60,4 +63,10 @@ def test_a_path_that_a_node_does_not_see_is_refused(tmp_path: Path) -> None:
     assert seen == "seen ['data']"  # no probe is left behind
     assert refused.startswith("refused node ")
     assert "does not see /proc/self/fd/" in refused
-    assert "s3://bucket/path" in refused
+    assert refused.endswith("; put it on a filesystem that all nodes share")
+
+
+def test_a_url_is_not_taken_for_a_path() -> None:
+    check_job_paths([Path("store"), Path("/a/store"), Path("C:not/a/url"), Path()])
+    with pytest.raises(ConfigError, match=r"^s3://bucket/store is a URL, and this command works"):
+        check_job_paths([Path("s3://bucket/store")])
