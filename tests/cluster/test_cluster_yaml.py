@@ -102,11 +102,14 @@ def test_what_the_head_says_of_the_full_cluster_is_what_the_node_types_come_to(
         assert int(said[kind]) == full
 
 
-def test_storage_is_an_object_store_that_all_nodes_share(config: dict[str, Any]) -> None:
+def test_storage_is_a_bucket_that_every_node_mounts(config: dict[str, Any]) -> None:
     starts = [c for c in _start_commands(config) if "ray start" in c]
-    places = {re.search(r"RAYVAEC_STORAGE=(\S+?);?(?:\s|$)", c).group(1) for c in starts}  # type: ignore[union-attr]
-    assert len(places) == 1
-    assert places.pop().startswith("s3://")
+    (place,) = {word for c in starts for word in c.split() if word.startswith("RAYVAEC_STORAGE=")}
+    folder = place.removeprefix("RAYVAEC_STORAGE=").rstrip(";")
+    (mount,) = (c for c in config["initialization_commands"] if "s3fs your-bucket" in c)
+    assert f"s3fs your-bucket {folder} " in mount
+    assert f"endpoint={config['provider']['region']}," in mount
+    assert config["docker"]["run_options"] == [f"--volume={folder}:{folder}"]
 
 
 def test_images_carry_the_ray_that_pyproject_asks_for(config: dict[str, Any]) -> None:
