@@ -50,7 +50,8 @@ def test_the_deployment_refuses_before_serves_queue_does():
     args = ServeArgs(model="m", num_replicas=3, cpus_per_replica=2, use_gpu=True)
     deployment = build(args)._bound_deployment
     assert deployment.num_replicas == 3
-    assert deployment.ray_actor_options == {"num_cpus": 2.0, "num_gpus": 1}
+    assert deployment.ray_actor_options["num_cpus"] == 2
+    assert deployment.ray_actor_options["num_gpus"] == 1
     assert deployment.max_ongoing_requests > args.limits.max_requests
     assert deployment.backpressure_config.status_code == 429
     assert deployment._deployment_config.graceful_shutdown_timeout_s > args.limits.timeout_s

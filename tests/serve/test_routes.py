@@ -433,11 +433,10 @@ def test_values_that_are_no_counts_are_named(http, body, trained, sent, value, w
     assert "raw counts" in said["fix"]
 
 
-@pytest.mark.parametrize("index", [-1, 120, 2**40])
-@pytest.mark.parametrize("sent", ["json", "arrow"])
+@pytest.mark.parametrize(
+    ("sent", "index"), [("json", -1), ("json", 2**40), ("arrow", -1), ("arrow", 120)]
+)
 def test_a_gene_index_out_of_range_is_named(http, body, sent, index):
-    if sent == "arrow" and index == 2**40:
-        pytest.skip("int32 lists hold no such index")
     indices = [*body["cells"]["indices"]]
     indices[body["cells"]["indptr"][3]] = index
     request = changed(body, cells={"indices": indices})
