@@ -119,7 +119,9 @@ class TrainLoop:
         self.model.train()
         self._warm_up()
         now = time.monotonic()
-        self._began, self._last_checkpoint, self._last_progress = now - self.state.seconds, now, now
+        self._began, self._last_checkpoint = now - self.state.seconds, now
+        if self.ranks.is_first:
+            self._show_progress()
         while not self.stopped:
             self._train_epoch()
             self._close_epoch()
@@ -200,14 +202,17 @@ class TrainLoop:
         if config.log_steps and state.step % config.log_steps == 0:
             self._log_step(self.ranks.sums(float(loss))[0] / n_global)
         if self.ranks.is_first and now - self._last_progress >= PROGRESS_SECONDS:
-            self._last_progress = now
-            cells = state.epoch * self.store.n_train + state.epoch_cells
-            write_progress(self.task.run, state.epoch + 1, cells)
+            self._show_progress()
         by_step = bool(config.checkpoint_steps) and state.step % (config.checkpoint_steps or 1) == 0
         if by_step or state.step % CLOCK_STEPS == 0:
             by_time = now - self._last_checkpoint >= config.checkpoint_seconds
             if self.ranks.decision((by_step or by_time) and not self.sink.busy()):
                 self._checkpoint()
+
+    def _show_progress(self) -> None:
+        self._last_progress = time.monotonic()
+        cells = self.state.epoch * self.store.n_train + self.state.epoch_cells
+        write_progress(self.task.run, self.state.epoch + 1, cells)
 
     def _close_epoch(self) -> None:
         """Validate, keep the model if it is the best, record, take a checkpoint."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from pathlib import Path
 from typing import Any, Self
 
@@ -50,6 +51,11 @@ class Follower:
         The run's configuration.
     n_train : int
         Cells of an epoch.
+
+    Attributes
+    ----------
+    started_at : float or None
+        When the first step was seen to begin, on the clock of `time.monotonic`.
     """
 
     def __init__(self, run: Path, config: TrainConfig, n_train: int) -> None:
@@ -57,6 +63,7 @@ class Follower:
         self._epoch = len(read_epochs(run))
         self._cells = self._epoch * n_train
         self._over = threading.Event()
+        self.started_at: float | None = None
         self._thread = threading.Thread(target=self._follow, name="rayvaec-follow", daemon=True)
         left = (config.max_epochs or 0) - self._epoch
         self._progress = Progress(max(left, 0) * n_train, "cells", "training")
@@ -85,8 +92,10 @@ class Follower:
                 logger.info("%s", epoch_line(record, self._config.max_epochs))
             if record["val_elbo"] is not None:
                 note = f"epoch {record['epoch']}, ELBO {record['val_elbo']:.2f}"
-        within = read_progress(self._run) or {"cells": 0}
-        cells = max(self._epoch * self._n_train, within["cells"])
+        within = read_progress(self._run)
+        if within is not None and self.started_at is None:
+            self.started_at = time.monotonic()
+        cells = max(self._epoch * self._n_train, within["cells"] if within else 0)
         if cells > self._cells:
             self._progress.advance(cells - self._cells, note)
             self._cells = cells

@@ -211,6 +211,7 @@ def begin_again(out: Path, config: TrainConfig) -> Path | None:
     """
     newest = newest_checkpoint(out / CHECKPOINTS)
     clear_checkpoints(out / CHECKPOINTS, keep=newest)
+    remove(out / PROGRESS)
     write_json(out / CONFIG, config.to_json())
     write_run(out, replace(read_run(out), status="running"))
     return newest

@@ -103,7 +103,7 @@ def train(
     RayvaecError
         If the training failed: a loss that is not finite, workers lost too often.
     """
-    called = time.time()
+    called = time.monotonic()
     check_job_paths([Path(store), Path(out)])
     opened, out = open_store(store), Path(out).absolute()
     if opened.n_train < 1:
@@ -126,7 +126,7 @@ def train(
             resume_from = folder.begin_again(out, config)
         else:
             folder.begin(out, opened, config)
-        summary = _fit_and_follow(opened, out, config, cpus, resume_from)
+        summary, started_at = _fit_and_follow(opened, out, config, cpus, resume_from)
     drop_old_checkpoints(out / folder.CHECKPOINTS, CHECKPOINTS_KEPT)
     return RunResult(
         out,
@@ -137,7 +137,7 @@ def train(
         best_elbo=summary["best_elbo"],
         stopped=summary["stopped"],
         seconds=summary["seconds"],
-        startup_seconds=summary["started_at"] - called,
+        startup_seconds=started_at - called,
     )
 
 
@@ -187,11 +187,14 @@ def _check_resources(config: TrainConfig) -> int:
 
 def _fit_and_follow(
     store: Store, out: Path, config: TrainConfig, cpus: int, resume_from: Path | None
-) -> dict[str, Any]:
-    """Run the workers, show how far they are, and note how the run ended."""
+) -> tuple[dict[str, Any], float]:
+    """Run the workers, show how far they are, note how the run ended.
+
+    Returns what the workers returned, and when they took their first step.
+    """
     status, summary = "failed", None
     try:
-        with Follower(out, config, store.n_train):
+        with Follower(out, config, store.n_train) as follower:
             summary = _fit(store, out, config, cpus, resume_from)
         status = "finished"
     except KeyboardInterrupt:
@@ -201,7 +204,7 @@ def _fit_and_follow(
         folder.end(out, status, summary)
         if status == "failed" and not folder.has_results(out):
             remove(out)
-    return summary
+    return summary, follower.started_at or time.monotonic()
 
 
 def _fit(

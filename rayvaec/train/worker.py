@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,8 +73,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     Returns
     -------
     dict
-        As `TrainLoop.run`, and ``started_at``: when the first step was about to be taken, in
-        seconds since 1970.
+        As `TrainLoop.run`.
 
     Raises
     ------
@@ -91,9 +89,8 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     ranks = Ranks(context.get_world_rank(), context.get_world_size(), device)
-    loop = TrainLoop(task, ranks, RaySink(None if resume_from is None else Path(resume_from)))
-    started_at = time.time()
-    return {**loop.run(), "started_at": started_at}
+    sink = RaySink(None if resume_from is None else Path(resume_from))
+    return TrainLoop(task, ranks, sink).run()
 
 
 def use_given_cpus() -> None:
