@@ -2,7 +2,8 @@
 
 Writes a random store in a temporary folder (or takes ``--store``), then times, in turns and with
 a warm cache: an epoch of the loader; reading the same runs of rows in the same order by slicing
-zarr arrays, without gathering them; and decompressing every chunk of X once, from memory.
+zarr arrays, without gathering them; and reading the shard files of X and decompressing every chunk
+once, in one thread.
 """
 
 from __future__ import annotations
@@ -95,28 +96,39 @@ def random_cells(
     return np.concatenate([[0], np.concatenate(lengths).cumsum()]), flat, counts
 
 
-def raw_chunks(store: Store) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return every encoded chunk of X with a buffer for its contents, all in memory."""
-    buffers: dict[tuple[str, int], np.ndarray] = {}
-    chunks = []
-    for partition in store.partitions:
-        for name, vector in (("data", partition.counts), ("indices", partition.indices)):
-            chunk, per_shard = vector._layout.chunk, vector._chunks_per_shard
-            key = (name, chunk)
-            buffer = buffers.setdefault(key, np.empty(chunk, vector.dtype))
-            for shard in range(-(-len(vector) // vector._layout.shard)):
-                path = store.path / f"{partition.info.name}/X/{name}/c/{shard}"
-                data = np.fromfile(path, np.uint8)
-                places = vector._index(shard)[:per_shard]
-                for begin, length in places[places[:, 0] < 2**63].tolist():
-                    chunks.append((data[begin : begin + length - 4], buffer))
-    return chunks
+class RawChunks:
+    """Every shard file of X, to be read and decompressed as a whole, into memory used again.
 
+    Parameters
+    ----------
+    store : Store
+        Whose files.
+    """
 
-def decompress(chunks: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Decode every chunk once."""
-    for encoded, out in chunks:
-        numcodecs.blosc.decompress(encoded, out)
+    def __init__(self, store: Store) -> None:
+        self._shards = []
+        self._cells = store.n_cells
+        largest: dict[np.dtype, int] = {}
+        for partition in store.partitions:
+            for name, vector in (("data", partition.counts), ("indices", partition.indices)):
+                folder = store.path / partition.info.name / "X" / name / "c"
+                chunk = vector._layout.chunk
+                for shard in range(-(-len(vector) // vector._layout.shard)):
+                    places = vector._index(shard).tolist()
+                    self._shards.append((folder / str(shard), places, chunk, vector.dtype))
+                    room = largest.get(vector.dtype, 0)
+                    largest[vector.dtype] = max(room, len(places) * chunk)
+        self._room = {dtype: np.empty(n, dtype) for dtype, n in largest.items()}
+
+    def run(self) -> int:
+        """Read and decompress every chunk once; return how many cells came."""
+        for path, places, chunk, dtype in self._shards:
+            data, room = np.fromfile(path, np.uint8), self._room[dtype]
+            for k, (begin, length) in enumerate(places):
+                if begin < 2**63:  # else the chunk is empty
+                    encoded = data[begin : begin + length - 4]
+                    numcodecs.blosc.decompress(encoded, room[k * chunk : (k + 1) * chunk])
+        return self._cells
 
 
 def run_loader(loader: Loader, epoch: int) -> int:
@@ -151,13 +163,19 @@ def rate(work: Callable[[], int]) -> float:
 
 def measure(store: Store, options: argparse.Namespace) -> dict[str, list[float]]:
     """Time every way, in turns."""
-    loader = Loader(store, options.batch_size, lanes=LANES, block_rows=BLOCK_ROWS)
-    chunks = raw_chunks(store)
+    loader = Loader(
+        *(store, options.batch_size),
+        lanes=LANES,
+        block_rows=BLOCK_ROWS,
+        buffer_rows=BUFFER_ROWS,
+        threads=options.threads,
+    )
+    raw = RawChunks(store)
     run_loader(loader, 0)
     times: dict[str, list[float]] = {"loader": [], "zarr": [], "raw": []}
     for i in range(options.rounds):
         times["loader"].append(rate(lambda i=i: run_loader(loader, i + 1)))
-        times["raw"].append(rate(lambda: decompress(chunks) or store.n_cells))
+        times["raw"].append(rate(raw.run))
         times["zarr"].append(rate(lambda: run_zarr(store, options.zarr_blocks)))
     return times
 
@@ -172,6 +190,7 @@ def main() -> None:
     parser.add_argument("--rows-per-chunk", type=int)
     parser.add_argument("--codec", default="lz4")
     parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
         "--zarr-blocks", type=int, default=40, help="blocks that zarr reads a round"
@@ -191,6 +210,7 @@ def main() -> None:
         "nnz_per_cell": round(store.manifest.nnz / store.n_cells),
         "batch_size": options.batch_size,
         "codec": options.codec,
+        "threads": options.threads,
         "cpus": len(os.sched_getaffinity(0)),
         "rounds": options.rounds,
         "peer": "zarr-python slicing the same runs of rows",
