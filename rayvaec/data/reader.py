@@ -98,6 +98,7 @@ class LaneReader:
         used_up: list[Buffers] = []
         for lane in self._lanes:
             self._request(lane, step + self._ahead)
+        for lane in self._lanes:
             at, end = self._plan.share(lane.number, step)
             while at < end:
                 window = lane.windows[0].result()

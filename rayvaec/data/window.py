@@ -36,6 +36,7 @@ class Buffers:
         partition = store.partitions[0]
         self.counts: NDArray[Any] = _room(0, partition.counts.dtype)
         self.indices: NDArray[Any] = _room(0, partition.indices.dtype)
+        self._idle = self._references()
 
     def reserve(self, n_counts: int, n_indices: int) -> None:
         """Make room; what the buffers held is lost where they must grow."""
@@ -45,10 +46,12 @@ class Buffers:
             self.indices = _room(n_indices, self.indices.dtype)
 
     def in_use(self) -> bool:
-        """Return whether anybody holds a view of this room."""
-        # Two references are always there: the attribute and getrefcount's own argument. A view,
-        # and whatever is made of a view (a tensor), holds one more.
-        return sys.getrefcount(self.counts) > 2 or sys.getrefcount(self.indices) > 2
+        """Return whether anybody holds a view of this room, or something made of one."""
+        return self._references() > self._idle
+
+    def _references(self) -> int:
+        # A view holds a reference to the array whose memory it shows; a tensor holds the view.
+        return sys.getrefcount(self.counts) + sys.getrefcount(self.indices)
 
 
 def _room(n: int, dtype: np.dtype[Any]) -> NDArray[Any]:
