@@ -1,9 +1,9 @@
 """Shuffled minibatches from disk, against zarr-python and against decompression alone.
 
 Writes a random store in a temporary folder (or takes ``--store``), then times, in turns and with
-a warm cache: an epoch of the loader; reading the same runs of rows in the same order by slicing
-zarr arrays, without gathering them; and reading the shard files of X and decompressing every chunk
-once, in one thread.
+a warm cache: an epoch of the loader, alone and beside computing on one core; reading the same runs
+of rows in the same order by slicing zarr arrays, without gathering them; and reading the shard
+files of X and decompressing every chunk once, in one thread.
 """
 
 from __future__ import annotations
@@ -131,9 +131,15 @@ class RawChunks:
         return self._cells
 
 
-def run_loader(loader: Loader, epoch: int) -> int:
-    """Go through an epoch; return how many cells came."""
-    return sum(len(minibatch) for minibatch in loader.epoch(epoch))
+def run_loader(loader: Loader, epoch: int, compute_s: float = 0.0) -> int:
+    """Go through an epoch, computing for some seconds a minibatch; return how many cells came."""
+    matrix, cells = np.ones((256, 256), np.float32), 0
+    for minibatch in loader.epoch(epoch):
+        cells += len(minibatch)
+        until = time.perf_counter() + compute_s
+        while time.perf_counter() < until:
+            matrix @ matrix
+    return cells
 
 
 def run_zarr(store: Store, n_blocks: int) -> int:
@@ -172,8 +178,10 @@ def measure(store: Store, options: argparse.Namespace) -> dict[str, list[float]]
     )
     raw = RawChunks(store)
     run_loader(loader, 0)
-    times: dict[str, list[float]] = {"loader": [], "zarr": [], "raw": []}
+    times: dict[str, list[float]] = {"loader": [], "beside": [], "zarr": [], "raw": []}
+    compute_s = options.compute_ms / 1000
     for i in range(options.rounds):
+        times["beside"].append(rate(lambda i=i: run_loader(loader, i + 1, compute_s)))
         times["loader"].append(rate(lambda i=i: run_loader(loader, i + 1)))
         times["raw"].append(rate(raw.run))
         times["zarr"].append(rate(lambda: run_zarr(store, options.zarr_blocks)))
@@ -190,6 +198,7 @@ def main() -> None:
     parser.add_argument("--rows-per-chunk", type=int)
     parser.add_argument("--codec", default="lz4")
     parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--compute-ms", type=float, default=10.0, help="work beside the loader")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
@@ -203,6 +212,7 @@ def main() -> None:
             write_store(folder, options)
         store = open_store(folder)
         times = measure(store, options)
+        stored = sum(file.stat().st_size for file in folder.glob("dataset_*/X/**/*"))
     medians = {name: round(statistics.median(values)) for name, values in times.items()}
     setup = {
         "n_cells": store.n_cells,
@@ -211,6 +221,7 @@ def main() -> None:
         "batch_size": options.batch_size,
         "codec": options.codec,
         "threads": options.threads,
+        "compute_ms": options.compute_ms,
         "cpus": len(os.sched_getaffinity(0)),
         "rounds": options.rounds,
         "peer": "zarr-python slicing the same runs of rows",
@@ -221,6 +232,9 @@ def main() -> None:
         "peer": medians["zarr"],
         "ratio": round(medians["loader"] / medians["zarr"], 2),
         "unit": "cells/s",
+        "megabytes_per_s": round(medians["loader"] * stored / store.n_cells / 1e6, 1),
+        "beside_compute": medians["beside"],
+        "compute_alone": round(options.batch_size / options.compute_ms * 1000),
         "raw_decompression": medians["raw"],
         "ratio_to_raw": round(medians["loader"] / medians["raw"], 2),
         "setup": setup,
