@@ -10,11 +10,9 @@ every node sees. Variables of the cluster, such as $RAYVAEC_STORAGE, are expande
 """
 
 import os
-import signal
 import sys
 
 from rayvaec.cli import main
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` cleans up too
     sys.exit(main(["prepare", *map(os.path.expandvars, sys.argv[1:])]))

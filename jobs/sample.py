@@ -11,11 +11,9 @@ the same command is submitted again.
 """
 
 import os
-import signal
 import sys
 
 from rayvaec.cli import main
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` cleans up too
     sys.exit(main(["sample", *map(os.path.expandvars, sys.argv[1:])]))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     debug = getattr(arguments, "debug", False)
+    # A stop by `kill` or `ray job stop` cleans up just as one by the keyboard does.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         arguments.run(arguments)
     except RayvaecError as error:
@@ -51,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report("interrupted", 130, debug)
     except Exception as error:
         return _report(f"failed: {type(error).__name__}: {error} (see --debug)", 1, debug)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 
@@ -258,6 +263,7 @@ def _add_bulk(verbs: Verbs) -> None:
         verb.add_argument("store", type=Path, metavar="STORE")
         _out(verb, "OUT.zarr", "AnnData Zarr to write; a rerun after a stop does what is missing")
         verb.add_argument("--num-workers", type=int, default=1, metavar="N")
+        verb.add_argument("--use-gpu", action="store_true", help="one GPU a worker")
         if name in ("sample", "elbo"):
             verb.add_argument("--seed", type=int, default=0)
         if name == "sample":
@@ -274,7 +280,7 @@ def _add_bulk(verbs: Verbs) -> None:
 def _bulk(arguments: argparse.Namespace) -> None:
     from rayvaec.infer import bulk
 
-    options = {"num_workers": arguments.num_workers, "overwrite": arguments.overwrite}
+    options = {name: getattr(arguments, name) for name in ("num_workers", "use_gpu", "overwrite")}
     if arguments.verb in ("sample", "elbo"):
         options["seed"] = arguments.seed
     if arguments.verb == "sample":

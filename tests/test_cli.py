@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
 import anndata
 import numpy as np
 import pytest
@@ -238,3 +242,22 @@ def test_an_unexpected_failure_has_exit_code_1(run, tmp_path, monkeypatch):
     assert code == 1
     assert "No space left on device" in err
     assert len(err.splitlines()) == 1
+
+
+def test_a_termination_cleans_up(run, tmp_path, monkeypatch):
+    from rayvaec.data import simulate
+    from rayvaec.files import whole_output
+
+    def terminated(out, **_):
+        with whole_output(out) as partial:
+            partial.write_text("half")
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(simulate, "write_atlas", terminated)
+    code, _, err = run("simulate", "--out", tmp_path / "atlas.h5ad")
+    assert code == 130
+    assert "interrupted" in err
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -45,7 +45,7 @@ def draw_rows(
     Parameters
     ----------
     module : VAEC
-        The model; it is decoded without dropout.
+        The model, in evaluation mode.
     loc, scale : Tensor[n_rows, n_latent]
         Mean and standard deviation of z.
     library : Tensor[n_rows, 1], from `VAEC.library_of`
@@ -110,13 +110,7 @@ def decode_block(
     Tensor[n_rows, n_input]
     """
     batches = None if batch_index is None else padded(batch_index)
-    was_training = module.training
-    module.eval()
-    try:
-        rate = module.decode(padded(z), padded(library), padded(y), batches)
-    finally:
-        module.train(was_training)
-    return rate[: len(z)]
+    return module.decode(padded(z), padded(library), padded(y), batches)[: len(z)]
 
 
 def padded(x: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from torch.distributions import Normal
 from rayvaec.errors import CountsError
 from rayvaec.kernels.csr import CsrCounts
 from rayvaec.kernels.keys import position_keys
+from rayvaec.kernels.nb_sample import Draws
 from rayvaec.model.checks import check_codes, check_counts
 from rayvaec.model.config import VAECConfig
 from rayvaec.model.draws import draw_rows
@@ -277,14 +278,21 @@ class VAEC(VAECNetwork):
         was_training = self.training
         self.eval()
         try:
-            y, batch_index = tensors["labels"], tensors.get("batch")
-            inferred = self.inference(tensors["X"], y, batch_index=batch_index)
+            draws = self._draws(tensors, n_samples)
         finally:
             self.train(was_training)
-        n_cells = len(y)
+        n_rows = len(tensors["labels"]) * n_samples
+        rows = torch.from_numpy(np.repeat(np.arange(n_rows), np.diff(draws.indptr)))
+        counts = torch.zeros(n_rows, self.config.n_input)
+        counts[rows, draws.indices] = torch.from_numpy(draws.counts).float()
+        return counts.view(-1, n_samples, self.config.n_input).transpose(1, 2).contiguous()
+
+    def _draws(self, tensors: Mapping[str, Tensor], n_samples: int) -> Draws:
+        y, batch_index = tensors["labels"], tensors.get("batch")
+        inferred = self.inference(tensors["X"], y, batch_index=batch_index)
+        n_cells, qz = len(y), inferred["qz"]
         cell = torch.arange(n_cells).repeat_interleave(n_samples)
-        qz = inferred["qz"]
-        draws = draw_rows(
+        return draw_rows(
             self,
             qz.loc[cell],
             qz.scale[cell],
@@ -295,12 +303,6 @@ class VAEC(VAECNetwork):
             keys=position_keys(0, n_cells)[cell.numpy()],
             samples=np.tile(np.arange(n_samples, dtype=np.uint64), n_cells),
         )
-        rows = torch.from_numpy(np.repeat(np.arange(n_cells * n_samples), np.diff(draws.indptr)))
-        counts = torch.zeros(n_cells * n_samples, self.config.n_input)
-        counts[rows, torch.from_numpy(draws.indices).long()] = torch.from_numpy(
-            draws.counts
-        ).float()
-        return counts.view(n_cells, n_samples, -1).transpose(1, 2).contiguous()
 
     def encode(self, x: CsrCounts, y: Tensor, batch_index: Tensor | None = None) -> Normal:
         """Return q(z | x, y) of sparse counts.
