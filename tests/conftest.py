@@ -70,8 +70,8 @@ def store_path(atlas_h5ad: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def model_path(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved model of the genes and labels of `store_path`, with start values from its counts."""
     import torch
-    from rayvaec.data.store import open_store
 
+    from rayvaec.data.store import open_store
     from rayvaec.model.saved import save_model
     from rayvaec.model.vaec import VAEC
 
