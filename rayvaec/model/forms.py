@@ -200,6 +200,7 @@ def build(arguments: Mapping[str, Any], state: State) -> VAEC:
                 f"{tuple(expected[name].shape)}",
                 "save the model anew",
             )
+    for name, value in state.items():
         if not torch.isfinite(value).all():
             raise ModelError(f"the weight {name!r} holds values that are not finite")
     module.load_state_dict(

@@ -88,7 +88,7 @@ class _Saved:
     fine_labels: _Column | None
     layer: str | None
     scvi_version: str
-    logs_library: bool
+    quirks: dict[str, Any]
 
 
 def import_condscvi(path: str | Path) -> ImportedModel:
@@ -196,7 +196,7 @@ def _current(content: Any) -> _Saved:
         fine_labels=_optional_column(fields, "fine_labels"),
         layer=layer if isinstance(layer, str) else None,
         scvi_version=scvi_version,
-        logs_library=_is_before_0_16(scvi_version),
+        quirks=_quirks(scvi_version),
     )
 
 
@@ -218,14 +218,20 @@ def _legacy(state: Any, attributes: Any, var_names: Path) -> _Saved:
         fine_labels=None,
         layer=layer if isinstance(layer, str) else None,
         scvi_version=str(_at(setup, "scvi_version")),
-        logs_library=True,
+        quirks={"library": "log"},
     )
 
 
-def _is_before_0_16(scvi_version: str) -> bool:
-    """Return whether VAEC still took the logarithm of the library, and its decoder no dropout."""
+def _quirks(scvi_version: str) -> dict[str, Any]:
+    """Return the arguments that a release computed with, whatever it was told."""
     numbers = re.match(r"(\d+)\.(\d+)", scvi_version)
-    return numbers is not None and tuple(map(int, numbers.groups())) < (0, 16)
+    release = tuple(map(int, numbers.groups())) if numbers else (1, 4)
+    if release < (0, 16):
+        return {"library": "log"}
+    if release == (1, 2):
+        # The encoder was given x, though log(1 + x) had been computed a line before.
+        return {"log_variational": False}
+    return {}
 
 
 def _module(saved: _Saved) -> VAEC:
@@ -240,9 +246,9 @@ def _module(saved: _Saved) -> VAEC:
         raise ModelError("its dropout_rate is no number", "save the model anew")
     if not isinstance(log_variational, bool):
         raise ModelError("its log_variational is neither true nor false", "save the model anew")
-    if saved.logs_library and arguments["generative"] == "softplus":
-        arguments["library"] = "log"
     arguments |= {"dropout_rate": float(dropout_rate), "log_variational": log_variational}
+    if arguments["generative"] == "softplus":
+        arguments |= saved.quirks
     return build(arguments, state)
 
 

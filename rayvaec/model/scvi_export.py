@@ -24,7 +24,7 @@ WRITTEN_AS = {"softplus": "1.4.0", "softmax": "1.4.2"}
 """The newest scvi-tools of each form that the export was checked with; it stands in the file."""
 
 OPENED_BY = {
-    "softplus": "scvi-tools 1.2.0 to 1.4.0 opens it; later ones compute the softmax form only",
+    "softplus": "scvi-tools 1.3.0 to 1.4.0 opens it; later ones compute the softmax form only",
     "softmax": "scvi-tools 1.4.1 and later opens it",
 }
 
