@@ -125,7 +125,11 @@ class CsrCounts(NamedTuple):
 
     def library(self) -> Tensor:
         """Return each cell's total count, float32[n_cells, 1]."""
-        # Sums of differences are exact in int64, and a cell without entries needs no special case.
+        if self.device.type == "cpu":
+            totals = np.empty((self.n_cells, 1), np.float32)
+            _row_sums(self.indptr.numpy(), self.counts.numpy(), totals)
+            return torch.from_numpy(totals)
+        # Differences of sums are exact in int64, and a cell without entries needs no special case.
         ends = torch.zeros(len(self.counts) + 1, dtype=torch.int64, device=self.device)
         torch.cumsum(self.counts.to(torch.int64), 0, out=ends[1:])
         return ends[self.indptr].diff().to(torch.float32)[:, None]
@@ -146,6 +150,15 @@ class CsrCounts(NamedTuple):
         return CsrCounts(
             self.indptr.to(device), self.indices.to(device), self.counts.to(device), self.n_genes
         )
+
+
+@njit(nogil=True, cache=True)
+def _row_sums(indptr: NDArray[Any], counts: NDArray[Any], totals: NDArray[Any]) -> None:
+    for row in range(len(totals)):
+        total = np.int64(0)
+        for i in range(indptr[row], indptr[row + 1]):
+            total += np.int64(counts[i])
+        totals[row, 0] = total
 
 
 @njit(nogil=True, cache=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 from rayvaec.errors import ConfigError
 from rayvaec.kernels import nb_loss_softmax, nb_loss_softplus
 from rayvaec.kernels.nb_loss_terms import Gradients, Inputs
+from rayvaec.kernels.threads import single_threaded_torch
 
 
 def evaluate(inputs: Inputs, want_gradients: bool) -> tuple[Tensor, Gradients | None]:
@@ -25,7 +26,7 @@ def evaluate(inputs: Inputs, want_gradients: bool) -> tuple[Tensor, Gradients | 
     reconstruction : Tensor[n_cells]
         Negative log-likelihood of each cell.
     gradients : Gradients or None
-        Equal, bit for bit, in every call with the same inputs and number of threads.
+        Equal, bit for bit, in every call with the same inputs, whatever the number of threads.
 
     Raises
     ------
@@ -41,5 +42,5 @@ def evaluate(inputs: Inputs, want_gradients: bool) -> tuple[Tensor, Gradients | 
                 "the cpu version takes float32 on the CPU; choose version cuda or reference",
             )
     form = nb_loss_softplus if inputs.generative == "softplus" else nb_loss_softmax
-    with torch.no_grad():
+    with torch.no_grad(), single_threaded_torch():
         return form.evaluate(inputs, want_gradients)

@@ -1,10 +1,12 @@
 """The fused loss in the softmax form on the CPU: mu = library * softmax(a), theta = exp(px_r).
 
-The softmax needs a whole row before any gene of it, so cells go in chunks: a product into a buffer
-that is kept between calls, a sweep over each row that turns it in place into its gradient, and two
-products back. Within a row the zeros are dealt with by vectorised float32 loops, and the non-zeros
-after them, one by one, in float64. Rows are divided among a fixed number of accumulators: the sums
-over cells do not depend on the number of threads.
+The softmax needs a whole row before any gene of it, so cells go in chunks, held in a buffer that is
+kept between calls. First by pieces of the chunk's rows, each in one thread: a product into the
+buffer, a sweep over each row that turns it in place into its gradient, and the product with the
+weight. Then by tiles of genes: the product that adds to the weight's gradient.
+
+Within a row the zeros are dealt with by vectorised float32 loops, and the non-zeros after them, one
+by one, in float64. The number of pieces is fixed: no bit depends on the number of threads.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from rayvaec.kernels.threads import run_all, spans
 
 _F = np.float32
 _PIECES = 8
+_TILE_GENES = 1024
 
 _workspace = threading.local()
 
@@ -191,35 +194,26 @@ def evaluate(inputs: Inputs, want_gradients: bool) -> tuple[Tensor, Gradients | 
         Negative log-likelihood of each cell.
     gradients : Gradients or None
     """
-    x = inputs.x
-    height = chunk_rows(x)
-    buffer, sums = _buffers(height, x.n_genes)
-    sweep = _Sweep(inputs, sums, want_gradients)
-    grads = Gradients(*(torch.empty_like(leaf) for leaf in inputs[:4]))
-    for start in range(0, x.n_cells, height):
-        rows = slice(start, min(start + height, x.n_cells))
-        a = buffer[: rows.stop - start]
-        torch.mm(inputs.h[rows], inputs.weight.t(), out=a)
-        sweep.run(a, start)
-        if want_gradients:
-            torch.mm(a, inputs.weight, out=grads.h[rows])
-            grads.weight.addmm_(a.t(), inputs.h[rows], beta=float(start > 0))
+    work = _Work(inputs, want_gradients)
+    for start in range(0, inputs.x.n_cells, len(work.buffer)):
+        work.run(slice(start, min(start + len(work.buffer), inputs.x.n_cells)))
     if not want_gradients:
-        return sweep.loss, None
-    if not x.n_cells:
-        grads.weight.zero_()
-    bias, zeros, rest = torch.from_numpy(sums).sum(0)
-    grads.bias.copy_(bias)
-    torch.sub(torch.exp(inputs.px_r) * zeros, rest, out=grads.px_r)
-    return sweep.loss, grads
+        return work.loss, None
+    if not inputs.x.n_cells:
+        work.grads.weight.zero_()
+    bias, zeros, rest = torch.from_numpy(work.sums).sum(0)
+    work.grads.bias.copy_(bias)
+    torch.sub(torch.exp(inputs.px_r) * zeros, rest, out=work.grads.px_r)
+    return work.loss, work.grads
 
 
-class _Sweep:
-    """Runs the row kernel over chunks of activations, on several threads."""
+class _Work:
+    """What the pieces of one call share."""
 
-    def __init__(self, inputs: Inputs, sums: NDArray[np.float32], want: bool) -> None:
+    def __init__(self, inputs: Inputs, want: bool) -> None:
         self.indptr, self.indices, self.counts = checked_arrays(inputs.x)
         theta = torch.exp(inputs.px_r.double())
+        self.h, self.weight = inputs.h, inputs.weight
         self.per_gene = (
             inputs.bias.contiguous().numpy(),
             theta.float().numpy(),
@@ -227,33 +221,55 @@ class _Sweep:
         )
         self.library = inputs.library.float().contiguous().numpy()
         self.factor = inputs.factor.float().contiguous().numpy()
-        self.sums, self.want = sums, want
         self.loss = torch.empty(inputs.x.n_cells)
+        self.grads = Gradients(*(torch.empty_like(leaf) for leaf in inputs[:4]))
+        self.buffer, self.sums = _buffers(chunk_rows(inputs.x), inputs.x.n_genes)
+        self.want = want
 
-    def run(self, a: Tensor, start: int) -> None:
-        """Turn the activations of cells from `start` on into gradients."""
-        activations = a.numpy()
+    def run(self, rows: slice) -> None:
+        """Work through one chunk of cells."""
+        n_rows, n_genes = rows.stop - rows.start, len(self.weight)
         run_all(
             [
-                partial(self._piece, activations[first:last], start + first, self.sums[piece])
-                for piece, (first, last) in enumerate(spans(len(a), _PIECES))
+                partial(self._rows, rows.start, slice(*span), self.sums[piece])
+                for piece, span in enumerate(spans(n_rows, _PIECES))
             ]
         )
+        if self.want:
+            run_all(
+                [
+                    partial(self._genes, rows, slice(start, min(start + _TILE_GENES, n_genes)))
+                    for start in range(0, n_genes, _TILE_GENES)
+                ]
+            )
 
-    def _piece(self, a: NDArray[np.float32], start: int, sums: NDArray[np.float32]) -> None:
-        stop = start + len(a)
-        _rows(
-            a,
-            *self.per_gene,
-            self.library[start:stop],
-            self.factor[start:stop],
-            self.indptr[start : stop + 1],
-            self.indices,
-            self.counts,
-            self.want,
-            self.loss[start:stop].numpy(),
-            sums,
-        )
+    def _rows(self, origin: int, piece: slice, sums: NDArray[np.float32]) -> None:
+        """Turn some rows' activations into gradients; the chunk begins at cell `origin`."""
+        rows = slice(origin + piece.start, origin + piece.stop)
+        with torch.no_grad():  # which is a setting per thread
+            a = self.buffer[piece]
+            torch.mm(self.h[rows], self.weight.t(), out=a)
+            _rows(
+                a.numpy(),
+                *self.per_gene,
+                self.library[rows],
+                self.factor[rows],
+                self.indptr[rows.start : rows.stop + 1],
+                self.indices,
+                self.counts,
+                self.want,
+                self.loss[rows].numpy(),
+                sums,
+            )
+            if self.want:
+                torch.mm(a, self.weight, out=self.grads.h[rows])
+
+    def _genes(self, rows: slice, genes: slice) -> None:
+        """Add a chunk's part to some genes' rows of the weight's gradient."""
+        with torch.no_grad():
+            a = self.buffer[: rows.stop - rows.start, genes]
+            total = self.grads.weight[genes]
+            total.addmm_(a.t(), self.h[rows], beta=float(rows.start > 0))
 
 
 def _buffers(height: int, n_genes: int) -> tuple[Tensor, NDArray[np.float32]]:

@@ -1,13 +1,13 @@
 """The fused loss in the softplus form on the CPU: r = library * softplus(a), l = px_r.
 
-Genes are independent here, so the work goes by blocks of genes over all cells of a chunk: a product
-into a buffer that stays in cache, a sweep over it that turns it in place into its gradient, and two
-products back. The weight and its gradient are thus read and written once.
+Genes are independent here, so the work goes by tiles of genes over all cells of a chunk, each in
+one thread: a product into a buffer that stays in the core's cache, a sweep over it that turns it in
+place into its gradient, and two products back. The weight and its gradient are thus read and
+written once. Within a tile's row the zeros are dealt with by vectorised float32 loops, and the
+non-zeros after them, one by one, in float64.
 
-The sweep goes by tiles of genes and pieces of cells, so that what is kept per gene stays in the
-nearest cache. Within a tile's row the zeros are dealt with by vectorised float32 loops, and the
-non-zeros after them, one by one, in float64. Into how many pieces the cells go depends on their
-number alone: no sum depends on the number of threads (those inside torch's products may).
+Only the gradient of h adds up over tiles. They are dealt to a fixed number of groups, and the
+groups' sums are added in order: no bit depends on the number of threads.
 """
 
 from __future__ import annotations
@@ -38,13 +38,10 @@ from rayvaec.kernels.special import (
 from rayvaec.kernels.threads import run_all, spans
 
 _F = np.float32
-CHUNK_CELLS = 2048
+CHUNK_CELLS = 1024
 """Cells that are worked on at a time."""
-BLOCK_ENTRIES = 1 << 19
-"""Cells x genes of a product: 2 MiB."""
-_TILE_GENES = 1024
-_MOST_PIECES = 8
-_PIECE_CELLS = 64
+_TILE_GENES = 512
+_GROUPS = 16
 
 _workspace = threading.local()
 
@@ -112,31 +109,28 @@ def _tile(
     indices: NDArray[Any],
     counts: NDArray[Any],
     origin: int,
-    column: int,
     want: bool,
     loss: NDArray[Any],
     sum_a: NDArray[Any],
     sum_r: NDArray[Any],
     sum_x: NDArray[Any],
 ) -> None:
-    """Compute each row's loss within a tile of genes, and turn its part of `a` into its gradient.
+    """Add each row's loss within a tile of genes, and turn `a` into its gradient.
 
-    The tile's first gene is `origin`, in column `column` of `a`; the arrays per gene hold the tile
-    alone. Row c's entries are [places[c, 0], places[c, 1]). Added up over rows: the gradient of
-    the bias, f*r and f*x.
+    The tile's first gene is `origin`; the arrays per gene hold the tile alone. Row c's entries are
+    [places[c, 0], places[c, 1]). Added up over rows: the gradient of the bias, f*r and f*x.
     """
-    width = len(bias)
-    scale, slope = np.empty(width, _F), np.empty(width, _F)
+    scale, slope = np.empty(len(bias), _F), np.empty(len(bias), _F)
     for c in range(len(a)):
         weight = factor[c] * library[c]
-        row = a[c, column : column + width]
+        row = a[c]
         _softplus_sigmoid(row, bias, scale, slope)
         dense = float(library[c]) * float(short_dot(scale, log_q))
         if want:
             product_into(row, slope, log_q, weight, sum_a)
             add_scaled(sum_r, scale, weight)
         start, stop = places[c, 0], places[c, 1]
-        loss[c] = dense - _counts(
+        loss[c] += dense - _counts(
             indices[start:stop],
             counts[start:stop],
             origin,
@@ -169,110 +163,114 @@ def evaluate(inputs: Inputs, want_gradients: bool) -> tuple[Tensor, Gradients | 
     gradients : Gradients or None
     """
     n_cells = inputs.x.n_cells
-    sweep = _Sweep(inputs, want_gradients)
-    grads = Gradients(*(torch.empty_like(leaf) for leaf in inputs[:4]))
+    work = _Work(inputs, want_gradients)
     for start in range(0, n_cells, CHUNK_CELLS):
-        rows = slice(start, min(start + CHUNK_CELLS, n_cells))
-        _chunk(inputs, rows, sweep, grads)
+        work.run(slice(start, min(start + CHUNK_CELLS, n_cells)))
     if not want_gradients:
-        return sweep.loss, None
+        return work.loss, None
     if not n_cells:
-        grads.weight.zero_()
-    bias, zeros, rest = torch.from_numpy(sweep.sums).sum(0)
-    grads.bias.copy_(bias)
+        work.grads.weight.zero_()
+    bias, zeros, rest = torch.from_numpy(work.sums)
+    work.grads.bias.copy_(bias)
     torch.sub(
-        torch.sigmoid(inputs.px_r) * zeros, torch.sigmoid(-inputs.px_r) * rest, out=grads.px_r
+        torch.sigmoid(inputs.px_r) * zeros,
+        torch.sigmoid(-inputs.px_r) * rest,
+        out=work.grads.px_r,
     )
-    return sweep.loss, grads
+    return work.loss, work.grads
 
 
-def _chunk(inputs: Inputs, rows: slice, sweep: _Sweep, grads: Gradients) -> None:
-    """Work through a chunk of cells, block of genes by block."""
-    n_genes, h = inputs.x.n_genes, inputs.h[rows]
-    sweep.begin(rows)
-    step = max(1, BLOCK_ENTRIES // (len(h) * _TILE_GENES)) * _TILE_GENES
-    buffer = _buffer(len(h) * min(step, n_genes))
-    for first in range(0, n_genes, step):
-        genes = slice(first, min(first + step, n_genes))
-        a = buffer[: len(h) * (genes.stop - first)].view(len(h), genes.stop - first)
-        weight = inputs.weight[genes]
-        torch.mm(h, weight.t(), out=a)
-        sweep.run(a, genes)
-        if sweep.want:
-            grads.h[rows].addmm_(a, weight, beta=float(first > 0))
-            grads.weight[genes].addmm_(a.t(), h, beta=float(rows.start > 0))
-    sweep.end(rows)
-
-
-class _Sweep:
-    """Runs the kernel over the tiles of a block, on several threads."""
+class _Work:
+    """What the tiles of one call share."""
 
     def __init__(self, inputs: Inputs, want: bool) -> None:
         self.indptr, self.indices, self.counts = checked_arrays(inputs.x)
         logits = inputs.px_r.double()
+        self.h, self.weight = inputs.h, inputs.weight
         self.bias = inputs.bias.contiguous().numpy()
         # In float32 for the zeros, in float64 for the rest.
         self.log_q = functional.softplus(logits).float().numpy()
         self.log_p = functional.logsigmoid(logits).numpy()
         self.library = inputs.library.float().contiguous().numpy()
         self.factor = inputs.factor.float().contiguous().numpy()
-        self.sums = np.zeros((_MOST_PIECES, 3, inputs.x.n_genes), np.float32)
+        self.sums = np.zeros((3, inputs.x.n_genes), _F)
         self.loss = torch.empty(inputs.x.n_cells)
+        self.grads = Gradients(*(torch.empty_like(leaf) for leaf in inputs[:4]))
         self.want = want
 
-    def begin(self, rows: slice) -> None:
-        """Cut these rows into pieces, and find where their entries of every tile lie."""
-        n_rows = rows.stop - rows.start
-        self.start = rows.start
-        self.pieces = spans(n_rows, min(_MOST_PIECES, n_rows // _PIECE_CELLS))
-        indptr = self.indptr[rows.start : rows.stop + 1]
-        self.places = tile_places(indptr, self.indices, _TILE_GENES, self.sums.shape[2])
-        self.losses = np.empty((self.places.shape[1] - 1, n_rows))
-
-    def run(self, a: Tensor, genes: slice) -> None:
-        """Turn the activations of these rows and genes into gradients."""
-        activations = a.numpy()
+    def run(self, rows: slice) -> None:
+        """Work through one chunk of cells."""
+        n_rows, n_genes = rows.stop - rows.start, self.sums.shape[1]
+        places = tile_places(
+            self.indptr[rows.start : rows.stop + 1], self.indices, _TILE_GENES, n_genes
+        )
+        groups = spans(places.shape[1] - 1, _GROUPS)
+        losses = np.zeros((len(groups), n_rows))
+        sums_h = _buffer("h", (_GROUPS, CHUNK_CELLS, self.h.shape[1]))[: len(groups), :n_rows]
         run_all(
             [
-                partial(self._tile, activations, first, first - genes.start, piece)
-                for first in range(genes.start, genes.stop, _TILE_GENES)
-                for piece in range(len(self.pieces))
+                partial(self._group, rows, range(*group), places, losses[i], sums_h[i])
+                for i, group in enumerate(groups)
             ]
         )
+        self.loss[rows] = torch.from_numpy(losses.sum(0))
+        if self.want:
+            torch.sum(sums_h, 0, out=self.grads.h[rows])
 
-    def _tile(self, a: NDArray[np.float32], first: int, column: int, piece: int) -> None:
-        genes = slice(first, first + _TILE_GENES)
-        tile = first // _TILE_GENES
-        rows = slice(*self.pieces[piece])
-        cells = slice(self.start + rows.start, self.start + rows.stop)
+    def _group(
+        self,
+        rows: slice,
+        tiles: range,
+        places: NDArray[np.int64],
+        loss: NDArray[np.float64],
+        sum_h: Tensor,
+    ) -> None:
+        """Work through some tiles: their columns of the gradients, and what they add to h's."""
+        with torch.no_grad():  # which is a setting per thread
+            h = self.h[rows]
+            for tile in tiles:
+                genes = slice(tile * _TILE_GENES, min((tile + 1) * _TILE_GENES, len(self.bias)))
+                weight = self.weight[genes]
+                a = _buffer("a", (CHUNK_CELLS * _TILE_GENES,))[: len(h) * len(weight)]
+                a = a.view(len(h), len(weight))
+                torch.mm(h, weight.t(), out=a)
+                self._sweep(a.numpy(), rows, genes, places[:, tile : tile + 2], loss)
+                if self.want:
+                    sum_h.addmm_(a, weight, beta=float(tile > tiles.start))
+                    self.grads.weight[genes].addmm_(a.t(), h, beta=float(rows.start > 0))
+
+    def _sweep(
+        self,
+        a: NDArray[np.float32],
+        rows: slice,
+        genes: slice,
+        places: NDArray[np.int64],
+        loss: NDArray[np.float64],
+    ) -> None:
         _tile(
-            a[rows],
+            a,
             self.bias[genes],
             self.log_q[genes],
             self.log_p[genes],
-            self.library[cells],
-            self.factor[cells],
-            self.places[rows, tile : tile + 2],
+            self.library[rows],
+            self.factor[rows],
+            places,
             self.indices,
             self.counts,
-            first,
-            column,
+            genes.start,
             self.want,
-            self.losses[tile, rows],
-            *self.sums[piece, :, genes],
+            loss,
+            *self.sums[:, genes],
         )
 
-    def end(self, rows: slice) -> None:
-        """Add up the rows' losses over the tiles."""
-        self.loss[rows] = torch.from_numpy(self.losses.sum(0))
 
-
-def _buffer(n_entries: int) -> Tensor:
-    """Return at least so many numbers of memory that this thread keeps.
+def _buffer(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Return memory that this thread keeps.
 
     The first touch of fresh memory costs as much as a product.
     """
-    kept = getattr(_workspace, "buffer", None)
-    if kept is None or len(kept) < n_entries:
-        kept = _workspace.buffer = torch.empty(n_entries)
+    kept = getattr(_workspace, name, None)
+    if kept is None or kept.shape != shape:
+        kept = torch.empty(shape)
+        setattr(_workspace, name, kept)
     return kept

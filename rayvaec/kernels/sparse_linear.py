@@ -25,7 +25,12 @@ from rayvaec.errors import ConfigError
 from rayvaec.kernels.csr import CsrCounts, checked_arrays, tile_places
 from rayvaec.kernels.nb_loss_terms import chunk_rows
 from rayvaec.kernels.special import add_scaled
-from rayvaec.kernels.threads import run_all, spans, thread_count
+from rayvaec.kernels.threads import (
+    run_all,
+    single_threaded_torch,
+    spans,
+    thread_count,
+)
 
 _F = np.float32
 _TABLE = np.log1p(np.arange(256, dtype=np.float64)).astype(np.float32)
@@ -165,10 +170,11 @@ class _Sparse(torch.autograd.Function):
         _values(counts, log1p, values)
         places = tile_places(indptr, indices, _TILE_GENES, x.n_genes)
         columns = _columns(weight, x.n_genes)
-        if beside is None:
-            out = torch.zeros(x.n_cells, len(weight))
-        else:
-            out = beside @ _beside_columns(weight, beside, x.n_genes).t()
+        with single_threaded_torch():
+            if beside is None:
+                out = torch.zeros(x.n_cells, len(weight))
+            else:
+                out = beside @ _beside_columns(weight, beside, x.n_genes).t()
         into = out.numpy()
         run_all(
             [
@@ -195,7 +201,8 @@ class _Sparse(torch.autograd.Function):
                 for last in [min(first + _TILE_GENES, ctx.x.n_genes)]
             ]
         )
-        return *_finish_gradient(ctx, grad, grad_out), None, None
+        with single_threaded_torch():
+            return *_finish_gradient(ctx, grad, grad_out), None, None
 
 
 def _columns(weight: Tensor, n_genes: int) -> NDArray[np.float32]:

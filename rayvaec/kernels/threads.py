@@ -1,8 +1,9 @@
-"""Work in pieces on a few Python threads.
+"""Work in pieces on a few Python threads, every one of them single-threaded inside.
 
-The numba kernels here release the GIL and are started from these threads, because numba's own
-default threading layer must not be entered from two Python threads at once, as a server does.
-No kernel's result depends on how its work was divided.
+numba kernels here release the GIL and are started from these threads, because numba's own default
+threading layer must not be entered from two Python threads at once, as a server does. torch's
+products run in the same threads, each on one core: so no core waits at the end of every product for
+the others, and no result depends on how many threads there are.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import TypeVar
 
@@ -21,6 +23,7 @@ Result = TypeVar("Result")
 
 _pool: ThreadPoolExecutor | None = None
 _pool_lock = threading.Lock()
+_local = threading.local()
 
 
 def thread_count() -> int:
@@ -28,7 +31,12 @@ def thread_count() -> int:
 
     ``torch.set_num_threads``, ``OMP_NUM_THREADS`` and ``NUMBA_NUM_THREADS`` set it.
     """
-    return max(1, min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+    inside = getattr(_local, "count", None)
+    return inside or max(1, min(torch.get_num_threads(), _core_count()))
+
+
+def _core_count() -> int:
+    return config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 
 
 def spans(n_items: int, n_pieces: int) -> list[tuple[int, int]]:
@@ -70,8 +78,13 @@ def run_all(tasks: Sequence[Callable[[], Result]], n_threads: int | None = None)
         Whatever the first failing task (in the order of `tasks`) raised.
     """
     n_threads = min(thread_count() if n_threads is None else n_threads, len(tasks))
-    if n_threads <= 1:
-        return [task() for task in tasks]
+    with single_threaded_torch():
+        if n_threads <= 1:
+            return [task() for task in tasks]
+        return _run_shared(tasks, n_threads)
+
+
+def _run_shared(tasks: Sequence[Callable[[], Result]], n_threads: int) -> list[Result]:
     results: list[Result | None] = [None] * len(tasks)
     errors: dict[int, Exception] = {}
     numbered = iter(range(len(tasks)))
@@ -84,7 +97,8 @@ def run_all(tasks: Sequence[Callable[[], Result]], n_threads: int | None = None)
             except Exception as error:
                 errors[number] = error
 
-    helpers = [_executor().submit(drain) for _ in range(n_threads - 1)]
+    pool = _executor()
+    helpers = [pool.submit(drain) for _ in range(n_threads - 1)]
     drain()
     for helper in helpers:
         # One that has not started by now would find nothing left to do.
@@ -93,6 +107,31 @@ def run_all(tasks: Sequence[Callable[[], Result]], n_threads: int | None = None)
     if errors:
         raise errors[min(errors)]
     return results  # type: ignore[return-value]
+
+
+@contextmanager
+def single_threaded_torch() -> Iterator[None]:
+    """Let torch use one core for what this thread does meanwhile; `run_all` uses all the same.
+
+    Otherwise torch's idle threads spin, on cores that `run_all` needs. The number is OpenMP's and
+    MKL's per thread. torch also keeps a global one, which a new thread starts with: it is set back
+    here together with this thread's.
+
+    Yields
+    ------
+    None
+    """
+    if getattr(_local, "count", None):
+        yield
+        return
+    before = torch.get_num_threads()
+    _local.count = thread_count()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        _local.count = None
 
 
 def _shared(numbers: Iterator[int], lock: threading.Lock) -> Iterator[int]:
@@ -106,10 +145,20 @@ def _shared(numbers: Iterator[int], lock: threading.Lock) -> Iterator[int]:
 
 
 def _executor() -> ThreadPoolExecutor:
+    """Return the pool, all of whose threads have been started."""
     global _pool
     with _pool_lock:
         if _pool is None:
-            _pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="rayvaec-kernel")
+            size = max(1, _core_count() - 1)
+            _pool = ThreadPoolExecutor(
+                size, "rayvaec-kernel", initializer=torch.set_num_threads, initargs=(1,)
+            )
+            # Started now, under the caller's `single_threaded_torch`: a thread's first step
+            # changes torch's global number, which the caller sets back.
+            together = threading.Barrier(size + 1)
+            for _ in range(size):
+                _pool.submit(together.wait)
+            together.wait()
         return _pool
 
 

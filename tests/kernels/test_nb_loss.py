@@ -41,13 +41,12 @@ def largest_error(found, expected):
 
 @pytest.fixture(params=[None, 5])
 def chunks(request, monkeypatch):
-    """One chunk, and chunks of five cells and blocks of two tiles, the last ones short."""
+    """One chunk, and chunks of five cells and groups of one and two tiles, the last ones short."""
     if request.param:
         monkeypatch.setitem(nb_loss_terms.CHUNK_ENTRIES, "cpu", request.param * 257)
         monkeypatch.setattr(nb_loss_softplus, "CHUNK_CELLS", request.param)
         monkeypatch.setattr(nb_loss_softplus, "_TILE_GENES", 50)
-        monkeypatch.setattr(nb_loss_softplus, "BLOCK_ENTRIES", 2 * 50 * request.param)
-        monkeypatch.setattr(nb_loss_softplus, "_PIECE_CELLS", 2)
+        monkeypatch.setattr(nb_loss_softplus, "_GROUPS", 4)
 
 
 @pytest.mark.usefixtures("chunks")
@@ -220,14 +219,20 @@ def test_no_cells_have_no_loss(version, generative):
 
 
 @pytest.mark.parametrize("generative", FORMS)
-def test_the_same_call_gives_the_same_bits(make_counts, generative):
-    x = make_counts(300, 400)
+def test_calls_and_numbers_of_threads_change_no_bit(make_counts, generative):
+    x = make_counts(300, 1_300)
     leaves, library, factor = leaves_of(x)
     args = (leaves, library, x, factor, torch.float32, "cpu", generative)
-    first = evaluate(*args)
-    for _ in range(5):
-        for a, b in zip(evaluate(*args), first, strict=True):
-            assert torch.equal(a, b)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        first = evaluate(*args)
+        for n_threads in (2, 2, 3, 1):
+            torch.set_num_threads(n_threads)
+            for a, b in zip(evaluate(*args), first, strict=True):
+                assert torch.equal(a, b)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_memory_does_not_grow_with_cells_times_genes(make_counts, monkeypatch):

@@ -5,8 +5,9 @@ import threading
 import time
 
 import pytest
+import torch
 
-from rayvaec.kernels.threads import run_all, spans
+from rayvaec.kernels.threads import run_all, single_threaded_torch, spans, thread_count
 
 
 @pytest.mark.parametrize(("n_items", "n_pieces"), [(0, 3), (1, 4), (10, 3), (7, 7), (5, 1)])
@@ -74,3 +75,29 @@ def test_a_forked_child_gets_a_pool_of_its_own():
         os.waitpid(child, 0)
         pytest.fail("the child hangs")
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_tasks_run_torch_on_one_core_and_leave_its_number_as_it_was():
+    meet = threading.Barrier(2, timeout=10)
+
+    def inside():
+        meet.wait()
+        return torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert run_all([inside, inside], 2) == [1, 1]
+        assert torch.get_num_threads() == 2
+        with single_threaded_torch():
+            assert torch.get_num_threads() == 1
+            assert thread_count() == 2
+            assert run_all([inside, inside]) == [1, 1]
+        assert torch.get_num_threads() == 2
+        fresh = []
+        thread = threading.Thread(target=lambda: fresh.append(torch.get_num_threads()))
+        thread.start()
+        thread.join(10)
+        assert fresh == [2]
+    finally:
+        torch.set_num_threads(before)
