@@ -4,16 +4,24 @@ A negative binomial is a Poisson number of logarithmic-series clusters (Quenouil
 o = p/(1-p), ::
 
     x_g = sum of K_i over i <= M_g,   M_g ~ Poisson(lambda_g),   K_i ~ Logarithmic(p_g)
-    softplus form:  o_g = exp(px_r_g)         lambda_g = rate_g * log1p(o_g)
-    softmax form:   o_g = rate_g / theta_g    lambda_g = theta_g * log1p(o_g),  theta = exp(px_r)
+    softplus form:  size_g = rate_g            o_g = exp(px_r_g)
+    softmax form:   size_g = exp(px_r_g)       o_g = rate_g / size_g
+    lambda_g = size_g * log1p(o_g)
 
-The sweep lays a row's lambdas end to end and walks along them with Exp(1) gaps: each arrival within
-gene g adds one logarithmic draw to it. A zero costs an addition and a comparison.
+The sweep lays a row's lambdas end to end and walks along them with Exp(1) gaps. A gene that the gap
+reaches past is zero, at the cost of an addition and a comparison. In any other gene the count is
+above zero, and
 
-Two things bound the work. A gene with lambda above `LARGE_LAMBDA` is left out of the walk and drawn
-as a Poisson variate of a gamma-distributed mean (Marsaglia & Tsang 2000; Hormann's PTRS 1993), as
-exact, in constant time, and from the same stream. And logarithmic draws cost the same however close
-p is to 1 (Kemp 1981). Means above `MAX_MEAN` and log odds above `MAX_LOG_ODDS` are refused: up to
+- where p < `INVERT_BELOW`, exp(-gap) is uniform above exp(-lambda) = P(0): the count follows by
+  inversion of the negative binomial's own probabilities, without another random number, and a
+  fresh gap starts at the gene's end (the exponential has no memory);
+- elsewhere every arrival within the gene adds one logarithmic draw (Kemp 1981), whose cost does not
+  depend on how close p is to 1;
+- where lambda > `LARGE_LAMBDA`, the gene is left out of the walk and drawn as a Poisson variate of
+  a gamma-distributed mean (Marsaglia & Tsang 2000; Hormann's PTRS 1993), as exact, in constant
+  time, and from the same stream.
+
+So the work is bounded. Means above `MAX_MEAN` and log odds above `MAX_LOG_ODDS` are refused: up to
 there the probability of a draw that an int32 does not hold is below 1e-30.
 """
 
@@ -30,15 +38,17 @@ from numpy.typing import ArrayLike, NDArray
 from rayvaec.errors import ConfigError, CountsError
 from rayvaec.kernels.keys import DRAWS, check_row_keys, check_seed, stream_keys, uniform
 from rayvaec.kernels.threads import run_all, spans
+from rayvaec.kernels.variates import large_negative_binomial, logarithmic
 
 MAX_MEAN = 1e8
 MAX_LOG_ODDS = 17.0
 LARGE_LAMBDA = 16.0
 
-# Below this p a logarithmic draw by inversion takes fewer than four steps on average.
-_INVERT_BELOW = 0.9
+# Inversion then takes fewer than 200 steps on average, and with probability 1 - 1e-16 fewer than
+# _MOST_STEPS, where it stops.
+INVERT_BELOW = 0.98
+_MOST_STEPS = 4000
 _ONE = np.uint64(1)
-_TWO = np.uint64(2)
 _CHUNK_ENTRIES = 1 << 20
 
 
@@ -60,100 +70,24 @@ class Draws(NamedTuple):
     counts: NDArray[np.int32]
 
 
-@njit(nogil=True)
-def _logarithmic(
-    p: float, cluster: float, k0: np.uint64, k1: np.uint64, number: np.uint64
-) -> tuple[int, np.uint64]:
-    """Draw from P(k) = p**k / (k * cluster), cluster = -log(1-p) (Kemp 1981, LS and LK)."""
-    u = uniform(k0, k1, number)
-    number += _ONE
-    if p < _INVERT_BELOW:
-        k = 1
-        probability = p / cluster
-        # The bound only stops rounding from walking on for ever in the tail: p**2000 < 1e-91.
-        while u > probability and k < 2000:
-            u -= probability
-            probability *= p * k / (k + 1)
-            k += 1
-        return k, number
-    if u >= p:
-        return 1, number
-    q = -math.expm1(-cluster * uniform(k0, k1, number))
-    number += _ONE
-    if u <= q * q:
-        return int(1.0 + math.log(u) / math.log(q)), number
-    return (1 if u >= q else 2), number
+@njit(inline="always")
+def _inverted(size: float, p: float, lam: float, gap: float) -> int:
+    """Return the count above 0 at which NB(size, p)'s distribution function reaches exp(-gap).
+
+    All probabilities are in units of P(0), so that small lambdas lose no digits.
+    """
+    u = math.expm1(lam - gap)
+    odds = size * p
+    x = 1
+    while u > odds and x < _MOST_STEPS:
+        u -= odds
+        odds *= p * (size + x) / (x + 1)
+        x += 1
+    return x
 
 
 @njit(nogil=True)
-def _gamma(
-    shape: float, k0: np.uint64, k1: np.uint64, number: np.uint64
-) -> tuple[float, np.uint64]:
-    """Draw from Gamma(shape, 1) (Marsaglia & Tsang 2000, with their boost below shape 1)."""
-    boost = 1.0
-    if shape < 1.0:
-        boost = uniform(k0, k1, number) ** (1.0 / shape)
-        number += _ONE
-        shape += 1.0
-    d = shape - 1.0 / 3.0
-    c = 1.0 / math.sqrt(9.0 * d)
-    while True:
-        radius = math.sqrt(-2.0 * math.log(uniform(k0, k1, number)))
-        z = radius * math.cos(2.0 * math.pi * uniform(k0, k1, number + _ONE))
-        u = uniform(k0, k1, number + _TWO)
-        number += _ONE + _TWO
-        v = 1.0 + c * z
-        if v <= 0.0:
-            continue
-        v = v * v * v
-        if math.log(u) < 0.5 * z * z + d - d * v + d * math.log(v):
-            return d * v * boost, number
-
-
-@njit(nogil=True)
-def _poisson(mean: float, k0: np.uint64, k1: np.uint64, number: np.uint64) -> tuple[int, np.uint64]:
-    """Draw from Poisson(mean): products of uniforms below 10, PTRS (Hormann 1993) above."""
-    if mean < 10.0:
-        k = 0
-        floor = math.exp(-mean)
-        product = uniform(k0, k1, number)
-        number += _ONE
-        while product > floor:
-            k += 1
-            product *= uniform(k0, k1, number)
-            number += _ONE
-        return k, number
-    log_mean = math.log(mean)
-    b = 0.931 + 2.53 * math.sqrt(mean)
-    a = -0.059 + 0.02483 * b
-    inverse_alpha = 1.1239 + 1.1328 / (b - 3.4)
-    v_r = 0.9277 - 3.6224 / (b - 2.0)
-    while True:
-        u = uniform(k0, k1, number) - 0.5
-        v = uniform(k0, k1, number + _ONE)
-        number += _TWO
-        us = 0.5 - abs(u)
-        k = math.floor((2.0 * a / us + b) * u + mean + 0.43)
-        if us >= 0.07 and v <= v_r:
-            return k, number
-        if k < 0 or (us < 0.013 and v > us):
-            continue
-        left = math.log(v * inverse_alpha / (a / (us * us) + b))
-        if left <= k * log_mean - mean - math.lgamma(k + 1.0):
-            return k, number
-
-
-@njit(nogil=True)
-def _large(
-    size: float, odds: float, k0: np.uint64, k1: np.uint64, number: np.uint64
-) -> tuple[int, np.uint64]:
-    """Draw NB(size, odds) as Poisson of a gamma mean."""
-    mean, number = _gamma(size, k0, k1, number)
-    return _poisson(mean * odds, k0, k1, number)
-
-
-@njit(nogil=True)
-def _softplus_lambdas(
+def softplus_lambdas(
     rate: NDArray[Any], limit: NDArray[Any], cluster: NDArray[Any], lambdas: NDArray[Any]
 ) -> bool:
     """Fill one row's lambdas; return whether every rate is within bounds."""
@@ -167,7 +101,7 @@ def _softplus_lambdas(
 
 
 @njit(nogil=True)
-def _softmax_lambdas(
+def softmax_lambdas(
     rate: NDArray[Any], limit: NDArray[Any], theta: NDArray[Any], lambdas: NDArray[Any]
 ) -> bool:
     """Fill one row's lambdas; return whether every mean is within bounds."""
@@ -179,10 +113,10 @@ def _softmax_lambdas(
     return good
 
 
-@njit(nogil=True)
-def _sweep_row(
+@njit(nogil=True, error_model="numpy")
+def sweep_row(
     rate: NDArray[Any],
-    gene_terms: NDArray[Any],
+    odds_or_size: NDArray[Any],
     softmax: bool,
     lambdas: NDArray[Any],
     k0: np.uint64,
@@ -193,7 +127,7 @@ def _sweep_row(
 ) -> int:
     """Draw one row; return where its entries end.
 
-    `gene_terms` is the odds of every gene in the softplus form, theta in the softmax form.
+    `odds_or_size` holds the odds in the softplus form, the size in the softmax form.
     """
     gap = -math.log(uniform(k0, k1, np.uint64(0)))
     number = _ONE
@@ -202,17 +136,20 @@ def _sweep_row(
         if lam <= gap and lam <= LARGE_LAMBDA:
             gap -= lam
             continue
-        r = float(rate[gene])
-        odds = r / gene_terms[gene] if softmax else gene_terms[gene]
-        total = 0
+        size, odds = float(rate[gene]), odds_or_size[gene]
+        if softmax:
+            size, odds = odds, size / odds
+        p = odds / (1.0 + odds)
         if lam > LARGE_LAMBDA:
-            size = gene_terms[gene] if softmax else r
-            total, number = _large(size, odds, k0, k1, number)
+            total, number = large_negative_binomial(size, odds, k0, k1, number)
+        elif p < INVERT_BELOW:
+            total = _inverted(size, p, lam, gap)
+            gap = -math.log(uniform(k0, k1, number))
+            number += _ONE
         else:
-            p = odds / (1.0 + odds)
-            cluster = math.log1p(odds)
+            total, cluster = 0, math.log1p(odds)
             while gap < lam:
-                k, number = _logarithmic(p, cluster, k0, k1, number)
+                k, number = logarithmic(p, cluster, k0, k1, number)
                 total += k
                 gap -= math.log(uniform(k0, k1, number))
                 number += _ONE
@@ -227,7 +164,7 @@ def _sweep_row(
 @njit(nogil=True, cache=True)
 def _sweep(
     rate: NDArray[Any],
-    gene_terms: NDArray[Any],
+    odds_or_size: NDArray[Any],
     limit: NDArray[Any],
     cluster: NDArray[Any],
     softmax: bool,
@@ -238,18 +175,21 @@ def _sweep(
     indices: NDArray[Any],
     counts: NDArray[Any],
 ) -> int:
-    """Draw every row; return -1, or the first row that holds a value out of bounds."""
+    """Draw every row; return -1, or the first row that holds a value out of bounds.
+
+    `cluster` holds log1p(odds) in the softplus form, and is not read in the softmax form.
+    """
     lambdas = np.empty(rate.shape[1], np.float64)
     end = 0
     for row in range(rate.shape[0]):
         if softmax:
-            good = _softmax_lambdas(rate[row], limit, gene_terms, lambdas)
+            good = softmax_lambdas(rate[row], limit, odds_or_size, lambdas)
         else:
-            good = _softplus_lambdas(rate[row], limit, cluster, lambdas)
+            good = softplus_lambdas(rate[row], limit, cluster, lambdas)
         if not good:
             return row
         k0, k1 = stream_keys(DRAWS, seed, keys[row], samples[row])
-        end = _sweep_row(rate[row], gene_terms, softmax, lambdas, k0, k1, indices, counts, end)
+        end = sweep_row(rate[row], odds_or_size, softmax, lambdas, k0, k1, indices, counts, end)
         indptr[row] = end
     return -1
 
@@ -301,26 +241,58 @@ def draw_counts(
         )
     word = check_seed(seed)
     row_keys, row_samples = check_row_keys(len(rates), keys, samples)
-    tables = _tables(logits, generative)
+    tables = gene_tables(logits, generative)
 
     height = max(1, _CHUNK_ENTRIES // max(1, rates.shape[1]))
     cuts = spans(len(rates), -(-len(rates) // height))
     pieces = run_all(
         [partial(_draw_span, rates, tables, word, row_keys, row_samples, a, b) for a, b in cuts]
     )
-    return _join(pieces)
+    return join_rows(pieces)
 
 
-class _Tables(NamedTuple):
-    """What the sweep reads per gene, float64[n_genes] each."""
+class GeneTables(NamedTuple):
+    """What the sweep reads per gene.
+
+    Parameters
+    ----------
+    softmax : bool
+        The form.
+    odds_or_size : ndarray[n_genes]
+        exp(px_r): odds in the softplus form, sizes in the softmax form.
+    limit : ndarray[n_genes]
+        Largest rate.
+    cluster : ndarray[n_genes]
+        log1p(odds), what a size is multiplied with to give lambda; softplus form alone.
+    """
 
     softmax: bool
-    gene_terms: NDArray[np.float64]
+    odds_or_size: NDArray[np.float64]
     limit: NDArray[np.float64]
     cluster: NDArray[np.float64]
 
 
-def _tables(px_r: NDArray[np.float64], generative: str) -> _Tables:
+def gene_tables(px_r: NDArray[np.float64], generative: str) -> GeneTables:
+    """Compute what the sweep reads per gene.
+
+    Parameters
+    ----------
+    px_r : ndarray[n_genes]
+        Logits (softplus form) or log theta (softmax form).
+    generative : {"softplus", "softmax"}
+        The form.
+
+    Returns
+    -------
+    GeneTables
+
+    Raises
+    ------
+    ConfigError
+        If there is no such form.
+    CountsError
+        If a value is not finite.
+    """
     if generative not in ("softplus", "softmax"):
         raise ConfigError(f"generative is {generative!r}", "choose softplus or softmax")
     if not np.isfinite(px_r).all():
@@ -330,14 +302,14 @@ def _tables(px_r: NDArray[np.float64], generative: str) -> _Tables:
     terms = np.exp(np.clip(px_r, -300.0, 300.0))
     if generative == "softmax":
         limit = np.minimum(MAX_MEAN, terms * math.exp(MAX_LOG_ODDS))
-        return _Tables(True, terms, limit, terms)
+        return GeneTables(True, terms, limit, terms)
     limit = np.where(px_r > MAX_LOG_ODDS, 0.0, np.minimum(MAX_MEAN / terms, 1e30))
-    return _Tables(False, terms, limit, np.log1p(terms))
+    return GeneTables(False, terms, limit, np.log1p(terms))
 
 
 def _draw_span(
     rates: NDArray[np.float32],
-    tables: _Tables,
+    tables: GeneTables,
     seed: np.uint64,
     keys: NDArray[np.uint64],
     samples: NDArray[np.uint64],
@@ -352,7 +324,7 @@ def _draw_span(
     counts = np.empty(rows.size, dtype=np.int32)
     bad = _sweep(
         rows,
-        tables.gene_terms,
+        tables.odds_or_size,
         tables.limit,
         tables.cluster,
         tables.softmax,
@@ -364,12 +336,27 @@ def _draw_span(
         counts,
     )
     if bad >= 0:
-        raise _refusal(rows[bad], tables, start + bad)
+        raise refusal(rows[bad], tables, start + bad)
     return Draws(indptr, indices[: indptr[-1]].copy(), counts[: indptr[-1]].copy())
 
 
-def _refusal(rate: NDArray[np.float32], tables: _Tables, row: int) -> CountsError:
-    """Name the first value of a row that is out of bounds."""
+def refusal(rate: NDArray[np.float32], tables: GeneTables, row: int) -> CountsError:
+    """Name the first value of a row that is out of bounds.
+
+    Parameters
+    ----------
+    rate : ndarray[n_genes]
+        The row, with a value that is.
+    tables : GeneTables
+        Holds the bounds.
+    row : int
+        Its number, for the message.
+
+    Returns
+    -------
+    CountsError
+        To be raised.
+    """
     gene = int(np.flatnonzero(~((rate >= 0) & (rate <= tables.limit)))[0])
     where = f"rate of row {row}, gene {gene} is {rate[gene]:g}"
     if not np.isfinite(rate[gene]) or rate[gene] < 0:
@@ -380,7 +367,18 @@ def _refusal(rate: NDArray[np.float32], tables: _Tables, row: int) -> CountsErro
     )
 
 
-def _join(pieces: list[Draws]) -> Draws:
+def join_rows(pieces: list[Draws]) -> Draws:
+    """Put the rows of several draws, one after another, into one.
+
+    Parameters
+    ----------
+    pieces : list of Draws
+        Of the same genes; may be empty.
+
+    Returns
+    -------
+    Draws
+    """
     if not pieces:
         return Draws(np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int32))
     if len(pieces) == 1:
