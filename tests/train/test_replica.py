@@ -31,7 +31,7 @@ def loss_of_rows(
     loss, per_cell = Replica(module, world_size)(*tensors, noise, 0.5, n_global)
     loss.backward()
     assert len(per_cell) == bounds[1] - bounds[0]
-    return float(loss), gradients(module)
+    return float(loss.detach()), gradients(module)
 
 
 @pytest.mark.parametrize("cut", [20, 5, 40, 0])
