@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import pickle
 import shutil
 
@@ -7,6 +8,8 @@ import anndata
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import rayvaec
 from rayvaec.errors import ModelError, StoreError
@@ -336,3 +339,21 @@ def test_an_existing_model_is_kept_unless_overwritten(content, folder, tmp_path)
     with pytest.raises(StoreError, match="exists already"):
         import_model(path, out)
     assert import_model(folder(content), out, overwrite=True).registry["labels"] == ["T", "B", "NK"]
+
+
+def test_mutated_attributes_raise_model_errors_alone(legacy):
+    path = legacy(VAEC(11, 3, n_hidden=8))
+    whole = (path / "attr.pkl").read_bytes()
+    places = st.floats(0, 1, exclude_max=True)
+
+    @settings(max_examples=200, deadline=None, derandomize=True)
+    @given(st.lists(st.tuples(places, st.integers(0, 255)), min_size=1, max_size=3))
+    def check(edits):
+        data = bytearray(whole)
+        for place, value in edits:
+            data[int(place * len(data))] = value
+        (path / "attr.pkl").write_bytes(data)
+        with contextlib.suppress(ModelError):
+            import_condscvi(path)
+
+    check()

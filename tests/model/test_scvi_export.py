@@ -126,8 +126,9 @@ def test_an_existing_folder_is_kept_unless_overwritten(tmp_path):
 
 
 @pytest.fixture
-def scvi():
-    """scvi-tools, where it is installed."""
+def scvi(monkeypatch, tmp_path):
+    """scvi-tools, where it is installed, in a folder for the logs that it writes."""
+    monkeypatch.chdir(tmp_path)
     return pytest.importorskip("scvi")
 
 
