@@ -78,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
     for add in (_add_simulate, _add_prepare, _add_inspect, _add_train, _add_bulk, _add_serve):
         add(verbs)
+    _add_bridge(verbs)
     _add_demo(verbs)
     for verb in verbs.choices.values():
         verb.add_argument("--debug", action="store_true", help="show where an error was raised")
@@ -313,6 +314,43 @@ def _serve(arguments: argparse.Namespace) -> None:
         token_file=arguments.token_file,
         use_gpu=arguments.use_gpu,
     )
+
+
+def _add_bridge(verbs: Verbs) -> None:
+    verb = verbs.add_parser("import", help="turn a CondSCVI folder of scvi-tools into a model")
+    verb.add_argument("folder", type=Path, metavar="DIR", help="what CondSCVI.save wrote")
+    _out(verb, "MODEL", "model folder to write")
+    verb.set_defaults(run=_import)
+    verb = verbs.add_parser("export", help="write a model as scvi-tools' CondSCVI.load opens it")
+    verb.add_argument("model", type=Path, metavar="MODEL")
+    _out(verb, "DIR", "folder to write")
+    verb.add_argument("--layer", help="layer in which scvi-tools shall find counts (default: X)")
+    verb.add_argument(
+        "--keep-prior", action="store_true", help="no stand-in for the mixture DestVI asks for"
+    )
+    verb.set_defaults(run=_export)
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from rayvaec.infer.trained import load_model
+    from rayvaec.model.scvi import import_model
+
+    import_model(arguments.folder, arguments.out, arguments.overwrite)
+    print(load_model(arguments.out).describe())
+    print(f"next: rayvaec serve {arguments.out}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from rayvaec.model.scvi import export_condscvi
+
+    opened_by = export_condscvi(
+        arguments.model,
+        arguments.out,
+        layer=arguments.layer,
+        keep_prior=arguments.keep_prior,
+        overwrite=arguments.overwrite,
+    )
+    print(f"wrote {arguments.out}; {opened_by}")
 
 
 def _add_demo(verbs: Verbs) -> None:

@@ -9,8 +9,10 @@ import time
 import anndata
 import numpy as np
 import pytest
+import torch
 
 from rayvaec.cli import build_parser, main
+from rayvaec.infer.trained import load_model
 
 
 @pytest.fixture
@@ -93,6 +95,20 @@ def test_inspect_describes_a_model(run, model_path):
     code, out, _ = run("inspect", model_path)
     assert code == 0
     assert "softplus form" in out
+
+
+def test_a_model_goes_to_scvi_tools_and_back(run, model_path, tmp_path):
+    code, out, _ = run("export", model_path, "--out", tmp_path / "condscvi")
+    assert code == 0
+    assert "1.3" in out
+    code, out, _ = run("import", tmp_path / "condscvi", "--out", tmp_path / "model")
+    assert code == 0
+    assert f"rayvaec serve {tmp_path / 'model'}" in out
+    before, after = (load_model(path) for path in (model_path, tmp_path / "model"))
+    assert after.registry == before.registry
+    for name, value in before.module.state_dict().items():
+        assert torch.equal(value, after.module.state_dict()[name])
+    mistake(run("import", model_path, "--out", tmp_path / "other"), str(model_path))
 
 
 def test_inspect_says_what_it_cannot_read(run, tmp_path):
