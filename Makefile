@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
-INSTALLED = $(VENV)/.installed
+EXTRAS ?= test
+INSTALLED = $(VENV)/.installed-$(EXTRAS)
 
 .PHONY: demo test lint format clean
 
@@ -24,5 +25,5 @@ clean:  ## remove the virtual environment and the demo's output
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@

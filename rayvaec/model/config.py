@@ -40,10 +40,10 @@ class VAECConfig:
     encode_covariates : bool
         Whether the encoder is conditioned on the batch too.
     generative : str
-        ``"softplus"`` (scvi-tools 0.15 to 1.4.0) or ``"softmax"`` (1.4.1 on).
+        ``"softplus"`` (scvi-tools 0.16 to 1.4.0) or ``"softmax"`` (1.4.1 on).
     library : str
-        ``"sum"`` of a cell's counts, or its ``"log"`` (softplus models of 2021, whose decoder has
-        no dropout).
+        ``"sum"`` of a cell's counts, or its ``"log"`` (softplus models of scvi-tools before 0.16,
+        whose decoder has no dropout).
     prior : str
         ``"normal"``, or ``"mog"``: a learned mixture of Gaussians per label (softmax form).
     num_classes_mog : int

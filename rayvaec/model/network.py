@@ -99,7 +99,7 @@ class VAECNetwork(nn.Module):
         return cast(nn.Linear, output)
 
     def library_of(self, total: Tensor) -> Tensor:
-        """Return what scales px_scale: the total counts, or their logarithm in models of 2021.
+        """Return what scales px_scale: the total counts, or their logarithm in old models.
 
         Parameters
         ----------

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save
 from rayvaec.errors import ModelError, RayvaecError
 from rayvaec.files import whole_output, write_json
 from rayvaec.model.config import VAECConfig
+from rayvaec.model.forms import form_of
 from rayvaec.model.vaec import VAEC
 
 FORMAT_VERSION = 1
@@ -125,7 +126,14 @@ def read_model(path: Path, device: str | torch.device = "cpu") -> SavedModel:
         raise ModelError(f"{path / CONFIG} does not describe a VAEC: {error}") from error
     module = VAEC(**arguments.to_json()).eval()
     try:
-        module.load_state_dict(load_file(path / WEIGHTS))
+        state = load_file(path / WEIGHTS)
+        found, wanted = form_of(state), form_of(module.state_dict())
+        if found != wanted:
+            raise ModelError(
+                f"{path / WEIGHTS} looks like {found} and {CONFIG} describes {wanted}",
+                "copy the model folder again",
+            )
+        module.load_state_dict(state)
     except (safetensors.SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(

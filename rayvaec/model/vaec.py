@@ -5,7 +5,7 @@ The module of scvi-tools' CondSCVI (Lopez et al. 2022, DestVI, Nature Biotechnol
 
     z ~ N(0, I)                                            per cell
     h = decoder(z, y)                                      y: the cell's label
-    softplus form (scvi-tools 0.15 to 1.4.0), the default:
+    softplus form (scvi-tools 0.16 to 1.4.0), the default:
         px_scale = softplus(W h + b)                       per gene
         x ~ NB(total_count=library * px_scale, logits=px_r)
     softmax form (1.4.1 on):

@@ -80,6 +80,7 @@ def test_damage_is_named(saved):
     [
         ({"format_version": 2}, "format_version 2"),
         ({"n_hidden": 9}, "does not hold the weights"),
+        ({"generative": "softmax", "n_batch": 1}, "looks like the softplus form"),
         ({"n_latent": -1}, "n_latent=-1"),
         ({"colour": 1}, "no argument 'colour'"),
     ],

@@ -202,7 +202,7 @@ def test_a_model_without_fine_labels_does_not_classify():
         small_model().classify(torch.zeros(2, 5), torch.zeros(2, 1, dtype=torch.long))
 
 
-def test_the_log_library_of_2021_is_the_logarithm_and_its_decoder_has_no_dropout():
+def test_the_log_library_is_the_logarithm_and_its_decoder_has_no_dropout():
     module = small_model(library="log", dropout_rate=0.9)
     tensors = small_tensors()
     inferred, generated = module(tensors, compute_loss=False)
