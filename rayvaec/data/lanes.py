@@ -145,4 +145,4 @@ def permutation(n: int, *key: int) -> NDArray[np.int64]:
     packed = struct.pack(f"<{len(key)}Q", *key)
     digest = hashlib.blake2b(packed, digest_size=16).digest()
     words = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(n)
-    return np.argsort(words, kind="stable")
+    return np.argsort(words)

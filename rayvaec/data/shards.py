@@ -13,22 +13,18 @@ must end in an error that names the file, where a map would kill the process.
 from __future__ import annotations
 
 import json
-import struct
 import threading
 from collections.abc import Collection
 from typing import Any, Protocol
 
 import google_crc32c
-import numcodecs.blosc
 import numpy as np
 from numpy.typing import NDArray
 
 from rayvaec.data.blobs import Blobs
+from rayvaec.data.decode import decode_chunks
 from rayvaec.data.layout import Layout
 from rayvaec.errors import StoreError
-
-# With blosc's own threads, decoding would hold one global lock; without, it only drops the GIL.
-numcodecs.blosc.use_threads = False
 
 SCRATCH_BYTES = 4 * 2**20
 _per_thread = threading.local()
@@ -147,48 +143,46 @@ class ShardedVector:
 
     def _read_chunks(self, shard: int, first: int, n: int, out: NDArray[Any]) -> None:
         """Decode `n` chunks of one shard to the start of `out`, neighbours with one read."""
-        places = self._index(shard)[first : first + n].tolist()
+        places = self._index(shard)[first : first + n]
+        begins, ends = places[:, 0].tolist(), places.sum(axis=1).tolist()
         chunk, i = self._layout.chunk, 0
         while i < n:
-            begin, length = places[i]
-            if begin == _ABSENT:
+            if begins[i] == _ABSENT:
                 out[i * chunk : (i + 1) * chunk] = self._layout.fill_value
                 i += 1
                 continue
-            end, j = begin + length, i + 1
-            while j < n and places[j][0] == end:
-                end, j = end + places[j][1], j + 1
-            run = _scratch(end - begin)
-            self._blobs.read(self._key(shard), begin, run)
-            for k in range(i, j):
-                offset, length = places[k]
-                encoded = run[offset - begin : offset - begin + length]
-                if not self._decode(encoded, out[k * chunk : (k + 1) * chunk]):
-                    raise self._damaged(shard, f"chunk {first + k} does not match its checksum")
+            j = i + 1
+            while j < n and begins[j] == ends[j - 1]:
+                j += 1
+            run = _scratch(ends[j - 1] - begins[i])
+            self._blobs.read(self._key(shard), begins[i], run)
+            bad = self._decode(run, places[i:j], out[i * chunk : j * chunk])
+            if bad >= 0:
+                chunk_number = first + i + bad
+                raise self._damaged(shard, f"chunk {chunk_number} does not match its checksum")
             i = j
 
-    def _decode(self, encoded: NDArray[np.uint8], out: NDArray[Any]) -> bool:
-        """Decode one chunk; return whether its checksum and its sizes are right."""
+    def _decode(self, run: NDArray[np.uint8], places: NDArray[np.uint64], out: NDArray[Any]) -> int:
+        """Decode neighbouring chunks; return the first that is damaged, or -1."""
+        begins = places[:, 0].view(np.int64) - int(places[0, 0])
+        lengths = places[:, 1].view(np.int64)
         if self._layout.crc:
-            encoded, checksum = encoded[:-4], encoded[-4:]
-            if google_crc32c.value(encoded) != int.from_bytes(checksum, "little"):
-                return False
-        if not self._layout.blosc:
-            if len(encoded) != self._chunk_bytes:
-                return False
-            out.view(np.uint8)[:] = encoded
-            return True
-        # Blosc's header: uint32 sizes of the decoded chunk, of a block and of the encoded chunk.
-        if len(encoded) < 16:
-            return False
-        decoded, _, size = struct.unpack_from("<III", encoded.data, 4)
-        if decoded != self._chunk_bytes or size != len(encoded):
-            return False
-        try:
-            numcodecs.blosc.decompress(encoded, out)
-        except RuntimeError:  # what numcodecs raises for bytes that are not blosc's
-            return False
-        return True
+            lengths = lengths - 4
+            for k, (begin, length) in enumerate(
+                zip(begins.tolist(), lengths.tolist(), strict=True)
+            ):
+                checksum = int.from_bytes(run[begin + length : begin + length + 4], "little")
+                if length < 0 or google_crc32c.value(run[begin : begin + length]) != checksum:
+                    return k
+        if self._layout.blosc:
+            return decode_chunks(run, begins, lengths, out.view(np.uint8), self._chunk_bytes)
+        wrong = np.flatnonzero(lengths != self._chunk_bytes)
+        if wrong.size:
+            return int(wrong[0])
+        for k, begin in enumerate(begins.tolist()):
+            chunk = run[begin : begin + self._chunk_bytes]
+            out[k * self._layout.chunk : (k + 1) * self._layout.chunk].view(np.uint8)[:] = chunk
+        return -1
 
     def _index(self, shard: int) -> NDArray[np.uint64]:
         """Return offset and length of every chunk of a shard, [n_chunks, 2]."""

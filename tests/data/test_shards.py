@@ -74,9 +74,10 @@ def read_through_buffer(vector, start: int, stop: int) -> np.ndarray:
 
 
 @settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
+@pytest.mark.usefixtures("decoder")
 def test_reads_what_zarr_reads(tmp_path, data):
     dtype = data.draw(st.sampled_from(DTYPES))
     n, chunk = data.draw(st.integers(0, 100)), data.draw(st.integers(1, 20))
@@ -223,13 +224,36 @@ def test_every_truncation_is_found(tmp_path, codecs, length, index):
         opened(tmp_path).read(0, 30)
 
 
+@pytest.fixture(params=["native", "numcodecs"])
+def decoder(request, monkeypatch):
+    """Chunks decoded in one call, and one by one as where blosc's function is not exported."""
+    from rayvaec.data import decode
+
+    assert decode.DECOMPRESS, "numcodecs does not export blosc_decompress_ctx here"
+    if request.param == "numcodecs":
+        monkeypatch.setattr(decode, "DECOMPRESS", 0)
+
+
 @pytest.mark.parametrize("codecs", ["none", "zstd"])
+@pytest.mark.usefixtures("decoder")
 def test_chunks_of_a_wrong_size_are_found_without_checksums(tmp_path, codecs):
     write(tmp_path / "a", np.arange(1, 31, dtype="uint16"), 8, 4, codecs)
     write(tmp_path / "b", np.arange(1, 16, dtype="uint16"), 4, 4, codecs)
     shutil.copy(tmp_path / "b/x/c/0", tmp_path / "a/x/c/0")
     with pytest.raises(StoreError, match="is damaged"):
         opened(tmp_path / "a").read(0, 30)
+
+
+@pytest.mark.parametrize(("position", "n"), [(0, 1), (2, 1), (20, 3)])
+@pytest.mark.usefixtures("decoder")
+def test_what_is_not_blosc_is_found_without_checksums(tmp_path, position, n):
+    write(tmp_path, np.arange(1, 3000, dtype="uint16"), 3000, 1, "zstd")
+    file = tmp_path / "x/c/0"
+    data = bytearray(file.read_bytes())
+    data[position : position + n] = b"\xff" * n
+    file.write_bytes(data)
+    with pytest.raises(StoreError, match="is damaged"):
+        opened(tmp_path).read(0, 30)
 
 
 def test_a_file_cut_while_it_is_read_is_an_error_and_not_a_crash(tmp_path):
