@@ -68,7 +68,7 @@ class TrainConfig:
     lr_end: float = setting(0.02, "rate at the end of the cosine, relative", low=0, high=1)
     eps: float = setting(1e-4, "epsilon of Adam", above=0, high=1)
     weight_decay: float = setting(0.0, "L2 penalty in Adam", low=0, high=1)
-    gradient_clip: float | None = setting(None, "largest gradient norm", above=0)
+    gradient_clip: float | None = setting(30.0, "largest gradient norm; none: any", above=0)
     kl_warmup_epochs: float = setting(
         0.0, "epochs (or parts) over which the KL weight rises from 0 to 1", low=0
     )

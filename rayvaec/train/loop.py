@@ -168,7 +168,7 @@ class TrainLoop:
         # The averaged gradient is the same on every worker, so that all of them stop here or none.
         if not math.isfinite(norm):
             self._give_up(minibatch, per_cell)
-        if config.gradient_clip is not None:
+        if config.gradient_clip is not None and norm > config.gradient_clip:
             clip_grads_with_norm_(self.module.parameters(), config.gradient_clip, norm)
         self.optimizer.step()
         state.step += 1

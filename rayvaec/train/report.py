@@ -62,21 +62,21 @@ class Follower:
         self._run, self._config, self._n_train = run, config, n_train
         self._epoch = len(read_epochs(run))
         self._cells = self._epoch * n_train
+        self._progress: Progress | None = None
         self._over = threading.Event()
-        self.started_at: float | None = None
         self._thread = threading.Thread(target=self._follow, name="rayvaec-follow", daemon=True)
-        left = (config.max_epochs or 0) - self._epoch
-        self._progress = Progress(max(left, 0) * n_train, "cells", "training")
+        self.started_at: float | None = None
 
     def __enter__(self) -> Self:
-        self._progress.__enter__()
+        logger.info("starting %d workers", self._config.num_workers)
         self._thread.start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._over.set()
         self._thread.join()
-        self._progress.__exit__(*exc_info)
+        if self._progress is not None:
+            self._progress.__exit__(*exc_info)
 
     def _follow(self) -> None:
         while not self._over.wait(POLL_SECONDS):
@@ -84,6 +84,22 @@ class Follower:
         self._look()
 
     def _look(self) -> None:
+        within = read_progress(self._run)
+        if within is None:
+            return
+        if self._progress is None:
+            # Only now: speed and time left are not to count the start of Ray and the workers.
+            self.started_at = time.monotonic()
+            left = max((self._config.max_epochs or 0) * self._n_train - within["cells"], 0)
+            self._progress, self._cells = Progress(left, "cells", "training"), within["cells"]
+        note = self._show_epochs()
+        cells = max(self._epoch * self._n_train, within["cells"])
+        if cells > self._cells:
+            self._progress.advance(cells - self._cells, note)
+            self._cells = cells
+
+    def _show_epochs(self) -> str:
+        """Log the epochs that have been finished since the last look; return a short note."""
         note = ""
         # A run that lost a worker goes back a little; nothing is shown until it is as far again.
         for record in read_epochs(self._run):
@@ -92,13 +108,7 @@ class Follower:
                 logger.info("%s", epoch_line(record, self._config.max_epochs))
             if record["val_elbo"] is not None:
                 note = f"epoch {record['epoch']}, ELBO {record['val_elbo']:.2f}"
-        within = read_progress(self._run)
-        if within is not None and self.started_at is None:
-            self.started_at = time.monotonic()
-        cells = max(self._epoch * self._n_train, within["cells"] if within else 0)
-        if cells > self._cells:
-            self._progress.advance(cells - self._cells, note)
-            self._cells = cells
+        return note
 
 
 def describe_run(path: Path) -> str:

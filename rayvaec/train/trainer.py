@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -243,7 +245,7 @@ def _fit(
         ),
     )
     try:
-        with _ray_settings():
+        with _ray_settings(), _interruptible():
             result = trainer.fit()
     except api.TrainingFailedError as error:
         raise as_own_error(error) from error
@@ -262,3 +264,19 @@ def _ray_settings() -> Iterator[None]:
     finally:
         for name in added:
             del os.environ[name]
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C end a fit as it ends other work.
+
+    Ray puts its own handler in place, which stops the workers, exits with code 0, and stays.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stop:
+        raise KeyboardInterrupt from stop
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,6 +44,9 @@ def test_a_run_is_followed_line_by_line(
         caplog.at_level(logging.INFO, "rayvaec"),
         Follower(tmp_path, TrainConfig(max_epochs=3), 1000) as follower,
     ):
+        write_progress(tmp_path, 2, 1000)
+        while follower.started_at is None:
+            time.sleep(0.01)
         write_progress(tmp_path, 2, 1500)
         append_record(tmp_path, RECORD)
         # A run that went back to a checkpoint cuts its records, and repeats some.
