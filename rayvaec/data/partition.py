@@ -84,29 +84,33 @@ class PartitionCells:
 def chunk_elements(nnz: int, n_cells: int, rows_per_chunk: int | None) -> int:
     """Choose how many stored values go into a chunk.
 
+    A block of rows begins and ends inside chunks, which are decoded whole: large chunks waste
+    that work, small ones cost more calls. About 24 rows were fastest, at 1,500 values a row and
+    at 180.
+
     Parameters
     ----------
     nnz, n_cells : int
         Stored values and rows of the partition.
     rows_per_chunk : int, optional
-        About how many rows a chunk shall hold; by default as many as make 32,768 values.
+        About how many rows a chunk shall hold.
 
     Returns
     -------
     int
-        A power of two between 1,024 and 2**20.
+        A power of two: by default the nearest to 24 rows, between 2**13 and 2**16; for a given
+        `rows_per_chunk` between 2**10 and 2**20.
 
     Raises
     ------
     ConfigError
         If `rows_per_chunk` is below 1.
     """
-    if rows_per_chunk is None:
-        return 2**15
-    if rows_per_chunk < 1:
+    if rows_per_chunk is not None and rows_per_chunk < 1:
         raise ConfigError(f"rows_per_chunk is {rows_per_chunk}", "give a number above 0")
-    wanted = rows_per_chunk * nnz / max(n_cells, 1)
-    return 2 ** int(np.clip(np.round(np.log2(max(wanted, 1))), 10, 20))
+    wanted = (rows_per_chunk or 24) * nnz / max(n_cells, 1)
+    least, most = (13, 16) if rows_per_chunk is None else (10, 20)
+    return 2 ** int(np.clip(np.round(np.log2(max(wanted, 1))), least, most))
 
 
 def write_partition(

@@ -22,6 +22,8 @@ class _Lane:
     ----------
     number : int
         Which lane.
+    at, end : int
+        Where it stands on the line, and where it ends.
     borders : array of int64
         Borders of its windows on the line.
     next_window : int
@@ -31,6 +33,8 @@ class _Lane:
     """
 
     number: int
+    at: int
+    end: int
     borders: NDArray[np.int64]
     next_window: int
     windows: deque[Future[Window]] = field(default_factory=deque)
@@ -41,7 +45,7 @@ def _lane(plan: LanePlan, number: int, step: int) -> _Lane:
     borders = plan.windows(number)
     at, _ = plan.share(number, step)
     window = int(np.searchsorted(borders[:-1], at, side="right")) - 1
-    return _Lane(number, borders, max(window, 0))
+    return _Lane(number, at, int(borders[-1]), borders, max(window, 0))
 
 
 class LaneReader:
@@ -97,24 +101,24 @@ class LaneReader:
         picks: list[Pick] = []
         used_up: list[Buffers] = []
         for lane in self._lanes:
-            self._request(lane, step + self._ahead)
+            self._request(lane)
         for lane in self._lanes:
-            at, end = self._plan.share(lane.number, step)
-            while at < end:
+            end = min(lane.at + self._plan.lane_rows, lane.end)
+            while lane.at < end:
                 window = lane.windows[0].result()
                 stop = min(end, window.end)
-                picks.append(Pick(window, slice(at - window.begin, stop - window.begin)))
-                at = stop
-                if at == window.end:
+                picks.append(Pick(window, slice(lane.at - window.begin, stop - window.begin)))
+                lane.at = stop
+                if stop == window.end:
                     lane.windows.popleft()
                     used_up.append(window.buffers)
         minibatch = gather(self._store, picks, self._room(), self._plan.n_global(step), step)
         self._free += used_up
         return minibatch
 
-    def _request(self, lane: _Lane, step: int) -> None:
-        """Have the windows of a lane loaded that it needs by a step."""
-        _, end = self._plan.share(lane.number, step)
+    def _request(self, lane: _Lane) -> None:
+        """Have the windows of a lane loaded that it needs in this step and some steps ahead."""
+        end = min(lane.at + (1 + self._ahead) * self._plan.lane_rows, lane.end)
         while lane.borders[lane.next_window] < end:
             lane.windows.append(self._decoders.submit(self._load, lane, lane.next_window))
             lane.next_window += 1

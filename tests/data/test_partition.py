@@ -91,6 +91,9 @@ def test_chunks_hold_about_the_rows_asked_for():
     assert chunk_elements(1_500_000, 1000, 64) == 2**17
     assert chunk_elements(1_500_000, 1000, 1) == 2**11
     assert chunk_elements(0, 0, 64) == 2**10
+    assert chunk_elements(1_500_000, 1000, None) == 2**15
+    assert chunk_elements(180_000, 1000, None) == 2**13
+    assert chunk_elements(10**9, 1000, None) == 2**16
     assert chunk_elements(10**9, 10, 64) == 2**20
     with pytest.raises(ConfigError, match="rows_per_chunk is 0"):
         chunk_elements(1, 1, 0)
