@@ -141,7 +141,7 @@ def describe_run(path: Path) -> str:
     if epochs:
         lines += _course(epochs)
     lines += [
-        f"model       {config.n_layers} x {config.n_hidden} hidden, {config.n_latent} latent",
+        f"network     {config.n_layers} x {config.n_hidden} hidden, {config.n_latent} latent",
         f"recipe      batch size {config.batch_size}, lr {config.lr:g}, seed {config.seed}",
         *(f"{name:<11} {path / name}" for name in (BEST, LAST) if (path / name).is_dir()),
         *_next_commands(path, info.status, info.store),

@@ -21,7 +21,7 @@ from rayvaec.train.trainer import RunResult, share_of_cpus, train
 # Ray Train makes a context of Ray Data, whose constructor warns of its own fields.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
 
-SETTINGS = {"batch_size": 16, "n_hidden": 16, "max_epochs": 5, "checkpoint_steps": 64}
+SETTINGS = {"batch_size": 64, "n_hidden": 16, "max_epochs": 5, "checkpoint_steps": 64}
 
 
 @pytest.mark.parametrize(
