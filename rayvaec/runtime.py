@@ -83,6 +83,9 @@ def start_ray(num_cpus: int | None = None) -> bool:
             ) from error
         return True
     require_token()
+    # Inherited by the workers. Their products are small and many; threads that wait for the next
+    # one in a busy loop take the cores from those that have one to compute.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     ray.init(
         address="local",
         num_cpus=num_cpus or usable_cpus(),
