@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from rayvaec.compiled import compiled
 from rayvaec.kernels.keys import normal_noise, stream_keys, uniform
 from rayvaec.model.vaec import VAEC
 from rayvaec.train.schedule import noise_seed
@@ -145,7 +145,7 @@ def _replace_dropout(module: nn.Module, noise: CellNoise) -> None:
         parent.add_module(name, CellDropout(noise, number, child.p))
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _fill_mask(
     seed: np.uint64,
     step: np.uint64,
