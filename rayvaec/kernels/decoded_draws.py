@@ -88,12 +88,12 @@ def _draw_rows(
     counts: NDArray[Any],
 ) -> int:
     """Turn activations into rates and draw; return -1, or the first row that is out of bounds."""
-    lambdas = np.empty(a.shape[1], np.float64)
+    lambdas = np.empty(a.shape[1], _F)
     end = 0
     for row in range(len(library)):
         if softmax:
             _softmax_means(a[row], bias, library[row])
-            good = softmax_lambdas(a[row], limit, odds_or_size, lambdas)
+            good = softmax_lambdas(a[row], limit, cluster, lambdas)
         else:
             _softplus_rates(a[row], bias, library[row])
             good = softplus_lambdas(a[row], limit, cluster, lambdas)

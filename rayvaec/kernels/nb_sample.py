@@ -37,6 +37,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from rayvaec.errors import ConfigError, CountsError
 from rayvaec.kernels.keys import DRAWS, check_row_keys, check_seed, stream_keys, uniform
+from rayvaec.kernels.special import FAST, log1p_positive
 from rayvaec.kernels.threads import run_all, spans
 from rayvaec.kernels.variates import large_negative_binomial, logarithmic
 
@@ -48,7 +49,9 @@ LARGE_LAMBDA = 16.0
 # _MOST_STEPS, where it stops.
 INVERT_BELOW = 0.98
 _MOST_STEPS = 4000
+_F = np.float32
 _ONE = np.uint64(1)
+_TWO = np.uint64(2)
 _CHUNK_ENTRIES = 1 << 20
 
 
@@ -71,12 +74,13 @@ class Draws(NamedTuple):
 
 
 @njit(inline="always")
-def _inverted(size: float, p: float, lam: float, gap: float) -> int:
+def _inverted(size: float, p: float, passed: float) -> int:
     """Return the count above 0 at which NB(size, p)'s distribution function reaches exp(-gap).
 
-    All probabilities are in units of P(0), so that small lambdas lose no digits.
+    All probabilities are in units of P(0) = exp(-lambda), so that small lambdas lose no digits;
+    `passed` is lambda - gap.
     """
-    u = math.expm1(lam - gap)
+    u = math.expm1(passed)
     odds = size * p
     x = 1
     while u > odds and x < _MOST_STEPS:
@@ -93,23 +97,23 @@ def softplus_lambdas(
     """Fill one row's lambdas; return whether every rate is within bounds."""
     good = True
     for gene in range(len(rate)):
-        r = float(rate[gene])
+        r = rate[gene]
         # NaN fails both comparisons.
-        good &= (r >= 0.0) & (r <= limit[gene])
+        good &= (r >= _F(0.0)) & (r <= limit[gene])
         lambdas[gene] = r * cluster[gene]
     return good
 
 
-@njit(nogil=True)
+@njit(nogil=True, error_model="numpy", fastmath=FAST)
 def softmax_lambdas(
-    rate: NDArray[Any], limit: NDArray[Any], theta: NDArray[Any], lambdas: NDArray[Any]
+    rate: NDArray[Any], limit: NDArray[Any], size: NDArray[Any], lambdas: NDArray[Any]
 ) -> bool:
     """Fill one row's lambdas; return whether every mean is within bounds."""
     good = True
     for gene in range(len(rate)):
-        mu = float(rate[gene])
-        good &= (mu >= 0.0) & (mu <= limit[gene])
-        lambdas[gene] = theta[gene] * math.log1p(mu / theta[gene])
+        mu = rate[gene]
+        good &= (mu >= _F(0.0)) & (mu <= limit[gene])
+        lambdas[gene] = size[gene] * log1p_positive(mu / size[gene])
     return good
 
 
@@ -130,9 +134,11 @@ def sweep_row(
     `odds_or_size` holds the odds in the softplus form, the size in the softmax form.
     """
     gap = -math.log(uniform(k0, k1, np.uint64(0)))
-    number = _ONE
+    # Drawn ahead: its logarithm is ready when the walk needs it.
+    next_gap = -math.log(uniform(k0, k1, _ONE))
+    number = _TWO
     for gene in range(len(lambdas)):
-        lam = lambdas[gene]
+        lam = float(lambdas[gene])
         if lam <= gap and lam <= LARGE_LAMBDA:
             gap -= lam
             continue
@@ -143,9 +149,11 @@ def sweep_row(
         if lam > LARGE_LAMBDA:
             total, number = large_negative_binomial(size, odds, k0, k1, number)
         elif p < INVERT_BELOW:
-            total = _inverted(size, p, lam, gap)
-            gap = -math.log(uniform(k0, k1, number))
+            passed = lam - gap
+            gap = next_gap
+            next_gap = -math.log(uniform(k0, k1, number))
             number += _ONE
+            total = _inverted(size, p, passed)
         else:
             total, cluster = 0, math.log1p(odds)
             while gap < lam:
@@ -177,13 +185,13 @@ def _sweep(
 ) -> int:
     """Draw every row; return -1, or the first row that holds a value out of bounds.
 
-    `cluster` holds log1p(odds) in the softplus form, and is not read in the softmax form.
+    `cluster` holds log1p(odds) in the softplus form, sizes in the softmax form.
     """
-    lambdas = np.empty(rate.shape[1], np.float64)
+    lambdas = np.empty(rate.shape[1], _F)
     end = 0
     for row in range(rate.shape[0]):
         if softmax:
-            good = softmax_lambdas(rate[row], limit, odds_or_size, lambdas)
+            good = softmax_lambdas(rate[row], limit, cluster, lambdas)
         else:
             good = softplus_lambdas(rate[row], limit, cluster, lambdas)
         if not good:
@@ -263,13 +271,14 @@ class GeneTables(NamedTuple):
     limit : ndarray[n_genes]
         Largest rate.
     cluster : ndarray[n_genes]
-        log1p(odds), what a size is multiplied with to give lambda; softplus form alone.
+        log1p(odds), what a size is multiplied with to give lambda, in the softplus form; sizes in
+        the softmax form.
     """
 
     softmax: bool
     odds_or_size: NDArray[np.float64]
-    limit: NDArray[np.float64]
-    cluster: NDArray[np.float64]
+    limit: NDArray[np.float32]
+    cluster: NDArray[np.float32]
 
 
 def gene_tables(px_r: NDArray[np.float64], generative: str) -> GeneTables:
@@ -298,13 +307,16 @@ def gene_tables(px_r: NDArray[np.float64], generative: str) -> GeneTables:
     if not np.isfinite(px_r).all():
         gene = int(np.flatnonzero(~np.isfinite(px_r))[0])
         raise CountsError(f"px_r of gene {gene} is {px_r[gene]}", "use a model with finite weights")
-    # Beyond these every odds is 0 or refused, and exp would over- or underflow.
-    terms = np.exp(np.clip(px_r, -300.0, 300.0))
+    # Beyond these every odds is 0 or refused, and float32 would over- or underflow.
+    terms = np.exp(np.clip(px_r, -80.0, 80.0))
     if generative == "softmax":
-        limit = np.minimum(MAX_MEAN, terms * math.exp(MAX_LOG_ODDS))
-        return GeneTables(True, terms, limit, terms)
-    limit = np.where(px_r > MAX_LOG_ODDS, 0.0, np.minimum(MAX_MEAN / terms, 1e30))
-    return GeneTables(False, terms, limit, np.log1p(terms))
+        limit, cluster = np.minimum(MAX_MEAN, terms * math.exp(MAX_LOG_ODDS)), terms
+    else:
+        limit = np.where(px_r > MAX_LOG_ODDS, 0.0, np.minimum(MAX_MEAN / terms, 1e30))
+        cluster = np.log1p(terms)
+    return GeneTables(
+        generative == "softmax", terms, limit.astype(np.float32), cluster.astype(np.float32)
+    )
 
 
 def _draw_span(

@@ -120,3 +120,8 @@ def test_what_does_not_fit_is_refused():
     library[65] = -1
     with pytest.raises(CountsError, match="rate of row 65, gene 0 is -"):
         draw_decoded(h, weight, bias, px_r, library, 0, keys, samples)
+    library[65] = 1
+    h[3, 2] = float("nan")
+    for generative in FORMS:
+        with pytest.raises(CountsError, match="rate of row 3, gene 0 is nan"):
+            draw_decoded(h, weight, bias, px_r, library, 0, keys, samples, generative=generative)

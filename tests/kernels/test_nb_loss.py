@@ -235,6 +235,16 @@ def test_calls_and_numbers_of_threads_change_no_bit(make_counts, generative):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("generative", FORMS)
+@pytest.mark.parametrize("place", range(4))
+def test_a_weight_that_is_not_a_number_shows(make_counts, generative, place):
+    x = make_counts(5, 40)
+    leaves, library, factor = leaves_of(x)
+    leaves[place].view(-1)[3] = float("nan")
+    total, _ = nb_reconstruction(*leaves, library, x, factor, generative=generative, version="cpu")
+    assert torch.isnan(total)
+
+
 def test_memory_does_not_grow_with_cells_times_genes(make_counts, monkeypatch):
     monkeypatch.setitem(nb_loss_terms.CHUNK_ENTRIES, "cpu", 1 << 14)
     monkeypatch.setattr(nb_loss_softplus, "CHUNK_CELLS", 64)
