@@ -55,6 +55,14 @@ class TrainConfig:
     n_layers: int = setting(2, "hidden layers of encoder and decoder", low=1)
     dropout_rate: float = setting(0.05, "share of hidden units dropped", low=0, high=0.95)
     log_variational: bool = setting(True, "the encoder reads log(1 + x)")
+    generative: str = setting(
+        "softplus",
+        "form of the model; scvi-tools 1.4.1 on has softmax",
+        choices=("softplus", "softmax"),
+    )
+    prior: str = setting(
+        "normal", "prior of z; mog: a mixture per label, softmax alone", choices=("normal", "mog")
+    )
     use_batches: bool = setting(True, "condition on the store's batches, where it has any")
     encode_covariates: bool = setting(False, "the encoder is told the batch too")
     weight_obs: bool = setting(False, "weight cells inversely to how common their label is")
@@ -277,6 +285,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
             f"buffer_rows={values['buffer_rows']} is too small: at least lanes * block_rows = "
             f"{least}"
         )
+    if values["prior"] == "mog" and values["generative"] != "softmax":
+        problems.append("prior='mog' needs generative='softmax'")
     if workers > lanes:
         problems.append(
             f"num_workers={workers} is more than lanes={lanes}: use {lanes} workers or fewer, or "

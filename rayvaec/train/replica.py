@@ -54,7 +54,10 @@ def build_module(store: Store, config: TrainConfig) -> VAEC:
         log_variational=config.log_variational,
         ct_weight=label_weights(np.array(manifest.cells_per_label)) if config.weight_obs else None,
         dropout_rate=config.dropout_rate,
-        n_batch=registry.n_batches,
+        generative=config.generative,
+        prior=config.prior,
+        # The softmax form embeds the batch, even where there is but one.
+        n_batch=max(registry.n_batches, int(config.generative == "softmax")),
         encode_covariates=config.encode_covariates and registry.n_batches > 0,
     )
     if config.start_from_counts:
@@ -161,7 +164,7 @@ def as_tensors(rows: Any, module: VAEC) -> tuple[CsrCounts, Tensor, Tensor | Non
     """
     device = module.px_r.device
     x = CsrCounts.from_numpy(rows.indptr, rows.indices, rows.counts, module.config.n_input)
-    conditioned = rows.batches is not None and module.config.n_batch > 0
+    conditioned = rows.batches is not None and module.config.n_batch > 1
     batch_index = _codes(rows.batches, device) if conditioned else None
     return x.to(device), _codes(rows.labels, device), batch_index
 

@@ -51,6 +51,15 @@ def test_a_run_learns_and_records(make_loop: MakeLoop, tmp_path: Path) -> None:
     assert result["best_elbo"] == epochs[-1]["val_elbo"]
 
 
+@pytest.mark.parametrize("prior", ["normal", "mog"])
+def test_the_softmax_form_learns_too(make_loop: MakeLoop, tmp_path: Path, prior: str) -> None:
+    make_loop(generative="softmax", prior=prior).run()
+    elbo = [record["val_elbo"] for record in read_epochs(tmp_path / "run")]
+    assert elbo[-1] > elbo[0] + 2
+    config = read_model(tmp_path / "run" / "model").module.config
+    assert (config.generative, config.prior) == ("softmax", prior)
+
+
 def test_best_and_last_model_are_kept_with_their_origin(
     make_loop: MakeLoop, tmp_path: Path, store_path: Path
 ) -> None:
