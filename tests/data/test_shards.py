@@ -244,7 +244,7 @@ def test_chunks_of_a_wrong_size_are_found_without_checksums(tmp_path, codecs):
         opened(tmp_path / "a").read(0, 30)
 
 
-@pytest.mark.parametrize(("position", "n"), [(0, 1), (2, 1), (20, 3)])
+@pytest.mark.parametrize(("position", "n"), [(0, 1), (2, 1), (12, 1), (20, 3)])
 @pytest.mark.usefixtures("decoder")
 def test_what_is_not_blosc_is_found_without_checksums(tmp_path, position, n):
     write(tmp_path, np.arange(1, 3000, dtype="uint16"), 3000, 1, "zstd")
