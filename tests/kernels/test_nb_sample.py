@@ -61,6 +61,13 @@ def chi_square(values, size, log_odds):
     return 1.0 if len(e) == 1 else stats.chisquare(o, np.array(e) * sum(o) / sum(e)).pvalue
 
 
+def mean_is_right(values, size, log_odds):
+    """Whether the mean lies where the central limit theorem puts it."""
+    law = stats.nbinom(size, 1 / (1 + np.exp(log_odds)))
+    z = (values.mean() - law.mean()) / (law.std() / np.sqrt(len(values)))
+    return abs(z) < stats.norm.isf(ALPHA / 2)
+
+
 # Sizes 0.001 to 1e4 and log odds -15 to 12; lambda on both sides of the switch to gamma-Poisson.
 GRID = list(
     itertools.product([1e-3, 0.03, 0.5, 1.0, 7.0, 300.0, 1e4], [-15, -6, -2, 0, 2, 5, 8, 12])
@@ -74,14 +81,27 @@ def test_draws_follow_the_negative_binomial(generative):
     for column, (size, odds) in enumerate(zip(sizes, log_odds, strict=True)):
         pvalue = chi_square(values[:, column], size, odds)
         assert pvalue > ALPHA, (size, odds)
+        # Elsewhere the mean of so many draws is still far from normal.
+        if size >= 0.5 and size * np.exp(odds) >= 0.01:
+            assert mean_is_right(values[:, column], size, odds), (size, odds)
 
 
 def test_draws_of_large_lambdas_follow_the_negative_binomial():
     # Gamma shapes below and above 1, Poisson means below and above 10, means up to 1e8.
-    cases = [(1.2, 15), (30, -0.2), (1e3, -4), (1e8, -15), (1e8, 0), (1e5, 5), (2, 17)]
+    cases = [
+        (0.95, 16.95),
+        (1.2, 15),
+        (30, -0.2),
+        (1e3, -4),
+        (1e8, -15),
+        (1e8, 0),
+        (1e5, 5),
+        (2, 17),
+    ]
     values = draw_columns(*zip(*cases, strict=True), seed=2)
     for column, (size, odds) in enumerate(cases):
         assert chi_square(values[:, column], size, odds) > ALPHA, (size, odds)
+        assert mean_is_right(values[:, column], size, odds), (size, odds)
 
 
 @pytest.mark.parametrize(("size", "log_odds"), [(1e-6, 8.0), (1e-5, -1.0), (1e-6, 15.0)])
