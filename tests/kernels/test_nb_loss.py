@@ -65,6 +65,21 @@ def test_every_version_equals_the_reference(make_counts, version, dtype, limit, 
         assert largest_error(a, b) < limit, name
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("generative", FORMS)
+@pytest.mark.parametrize("large", [False, True])
+def test_the_cuda_version_on_a_gpu_equals_the_reference(make_counts, large, generative):
+    x = make_counts(33, 257, large=large)
+    leaves, library, factor = leaves_of(x)
+    expected = evaluate(leaves, library, x, factor, torch.float64, "reference", generative)
+    on_gpu = [leaf.cuda() for leaf in leaves], library.cuda(), x.to("cuda"), factor.cuda()
+    assert torch.equal(on_gpu[2].library().cpu(), library)
+    found = evaluate(*on_gpu, torch.float32, None, generative)
+    for name, a, b in zip(NAMES, found, expected, strict=True):
+        assert largest_error(a.cpu(), b) < 1e-5, name
+
+
 @pytest.mark.parametrize("generative", FORMS)
 def test_the_reference_is_the_negative_binomial(make_counts, generative):
     x = make_counts(9, 40, large=True)

@@ -62,6 +62,18 @@ def test_inputs_beside_the_genes(make_counts, dtype):
     assert not found[0][:, 54:].any()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu(make_counts):
+    torch.manual_seed(0)
+    x = make_counts(41, 57, large=True)
+    weight, bias, outer = torch.randn(20, 60), torch.randn(20), torch.randn(41, 20)
+    expected = evaluate(x, weight.double(), bias.double(), outer.double(), True)
+    found = evaluate(x.to("cuda"), weight.cuda(), bias.cuda(), outer.cuda(), True)
+    for a, b in zip(found, expected, strict=True):
+        assert (a.cpu() - b).abs().max() < 1e-5 * b.abs().max()
+
+
 def test_unsorted_rows_are_sorted_and_duplicates_refused():
     weight = torch.randn(3, 5)
     mixed = CsrCounts.from_numpy(
