@@ -181,7 +181,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         from rayvaec.infer.trained import load_model
 
         print(load_model(path).describe())
-    elif (path / "metrics.jsonl").exists():
+    elif (path / "run.json").exists():
         from rayvaec.train.report import describe_run
 
         print(describe_run(path))

@@ -7,6 +7,7 @@ what a row becomes does not depend on the rows beside it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rayvaec.kernels.decoded_draws import draw_decoded
 from rayvaec.kernels.keys import normal_noise
 from rayvaec.kernels.nb_sample import Draws, draw_counts
 
@@ -63,6 +65,58 @@ def draw_rows(
     """
     noise = torch.from_numpy(normal_noise(seed, keys, samples, loc.shape[1])).to(loc.device)
     z = loc + scale * noise
+    draw = draw_fused if z.device.type == "cpu" else draw_decoded_blocks
+    return draw(module, z, library, y, batch_index, seed=seed, keys=keys, samples=samples)
+
+
+@torch.no_grad()
+def draw_fused(
+    module: VAEC,
+    z: Tensor,
+    library: Tensor,
+    y: Tensor,
+    batch_index: Tensor | None,
+    *,
+    seed: int,
+    keys: NDArray[np.uint64],
+    samples: NDArray[np.uint64],
+) -> Draws:
+    """Draw counts given z on the CPU, with the decoder's last product inside the kernel.
+
+    Parameters and result as in `draw_rows`, with z, Tensor[n_rows, n_latent], drawn.
+    """
+    hidden = _hidden(module, z, y, batch_index)
+    biases = module.row_biases
+    return draw_decoded(
+        torch.cat([z.new_zeros(0, module.config.n_hidden), *hidden]),
+        module.output.weight,
+        module.output.bias,
+        module.px_r,
+        library,
+        seed,
+        keys,
+        samples,
+        generative=module.config.generative,
+        row_bias=None if biases is None else (biases, y.reshape(-1).long()),
+    )
+
+
+@torch.no_grad()
+def draw_decoded_blocks(
+    module: VAEC,
+    z: Tensor,
+    library: Tensor,
+    y: Tensor,
+    batch_index: Tensor | None,
+    *,
+    seed: int,
+    keys: NDArray[np.uint64],
+    samples: NDArray[np.uint64],
+) -> Draws:
+    """Draw counts given z: decode on the device of the model, draw on the CPU.
+
+    Parameters and result as in `draw_fused`; counts may differ where a rate is rounded otherwise.
+    """
     n_rows, n_genes = len(z), module.config.n_input
     px_r = module.px_r.detach().float().cpu().numpy()
     group = max(RATE_BYTES // (4 * n_genes * BLOCK_ROWS), 1) * BLOCK_ROWS
@@ -111,6 +165,15 @@ def decode_block(
     """
     batches = None if batch_index is None else padded(batch_index)
     return module.decode(padded(z), padded(library), padded(y), batches)[: len(z)]
+
+
+def _hidden(module: VAEC, z: Tensor, y: Tensor, batch_index: Tensor | None) -> Iterator[Tensor]:
+    """Yield the decoder's last hidden layer, block by block."""
+    for first in range(0, len(z), BLOCK_ROWS):
+        rows = slice(first, min(first + BLOCK_ROWS, len(z)))
+        batches = None if batch_index is None else padded(batch_index[rows])
+        hidden = module.decoder_hidden(padded(z[rows]), padded(y[rows]), batches)
+        yield hidden[: rows.stop - first]
 
 
 def padded(x: Tensor) -> Tensor:

@@ -128,11 +128,9 @@ class FCLayers(nn.Module):
         """
         covariates = self.covariates(*categories)
         first = self._first
-        a = sparse_linear(x, first.weight, first.bias, log1p=log1p)
         dense_inputs = [part for part in (beside, covariates) if part is not None]
-        if dense_inputs:
-            joined = torch.cat(dense_inputs, dim=1)
-            a = a + functional.linear(joined, first.weight[:, x.n_genes :])
+        joined = torch.cat(dense_inputs, dim=1) if dense_inputs else None
+        a = sparse_linear(x, first.weight, first.bias, log1p=log1p, beside=joined)
         return self._after_first_linear(a, covariates)
 
     def _after_first_linear(self, a: Tensor, covariates: Tensor | None) -> Tensor:

@@ -135,16 +135,20 @@ class VAECNetwork(nn.Module):
         tuple of Tensor[] and Tensor[n_cells]
             The weighted sum, and each cell's own without gradients.
         """
-        row_bias = None
-        if not self.is_softplus and self.config.n_labels:
-            row_bias = self.per_ct_bias, y.reshape(-1).long()
+        biases = self.row_biases
+        row_bias = None if biases is None else (biases, y.reshape(-1).long())
         return nb_reconstruction(
-            self._decoder_hidden(z, y, batch_index),
+            self.decoder_hidden(z, y, batch_index),
             *(self.output.weight, self.output.bias, self.px_r),
             *(self.library_of(x.library()), x, factor),
             generative=self.config.generative,
             row_bias=row_bias,
         )
+
+    @property
+    def row_biases(self) -> Tensor | None:
+        """Biases of the output by label, Tensor[n_labels, n_input]; None where there are none."""
+        return None if self.is_softplus or not self.config.n_labels else self.per_ct_bias
 
     def kl(self, qz: Normal, y: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return each cell's divergence of qz from its prior.
@@ -221,7 +225,19 @@ class VAECNetwork(nn.Module):
         codes = torch.zeros_like(y) if batch_index is None else batch_index
         return self._embeddings_dict["batch"](codes.reshape(-1).long())
 
-    def _decoder_hidden(self, z: Tensor, y: Tensor, batch_index: Tensor | None) -> Tensor:
+    def decoder_hidden(self, z: Tensor, y: Tensor, batch_index: Tensor | None) -> Tensor:
+        """Return the decoder's last hidden layer.
+
+        Parameters
+        ----------
+        z : Tensor[..., n_cells, n_latent]
+        y, batch_index : Tensor[n_cells, 1]
+            Label and batch codes.
+
+        Returns
+        -------
+        Tensor[..., n_cells, n_hidden]
+        """
         if self.is_softplus:
             return self.decoder(z, y, batch_index)
         embedded = self._batch_embedding(y, batch_index).expand(*z.shape[:-1], -1)

@@ -165,7 +165,7 @@ class VAEC(VAECNetwork):
         if transform_batch is not None:
             batch_index = torch.full_like(y, transform_batch)
         self._check_codes(y, batch_index, z.shape[-2])
-        px_scale = self._px_scale(self._decoder_hidden(z, y, batch_index), y)
+        px_scale = self._px_scale(self.decoder_hidden(z, y, batch_index), y)
         px_rate = library * px_scale
         px = self._counts(px_rate)
         px_r = self.px_r if self.is_softplus else torch.exp(self.px_r)
@@ -343,7 +343,7 @@ class VAEC(VAECNetwork):
         -------
         Tensor[n_cells, n_input]
         """
-        return self._px_scale(self._decoder_hidden(z, y, batch_index), y).mul_(library)
+        return self._px_scale(self.decoder_hidden(z, y, batch_index), y).mul_(library)
 
     @property
     def n_noise(self) -> int:
