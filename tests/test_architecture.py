@@ -25,6 +25,7 @@ ORDER = (
     "serve",
     "client",
     "demo",
+    "commands",
     "cli",
     "__main__",
 )

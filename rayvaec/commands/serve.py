@@ -1,0 +1,33 @@
+"""serve: a model's draws over HTTP."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rayvaec.commands.options import Verbs
+
+
+def add_serve(verbs: Verbs) -> None:
+    """Add the verb to the parser."""
+    verb = verbs.add_parser("serve", help="serve a model's draws over HTTP, on Ray Serve")
+    verb.add_argument("model", type=Path, metavar="MODEL")
+    verb.add_argument("--host", default="127.0.0.1", help="another address needs a token")
+    verb.add_argument("--port", type=int, default=8000, help="0 for any that is free")
+    verb.add_argument("--num-replicas", type=int, default=1, metavar="N")
+    verb.add_argument("--token-file", type=Path, metavar="FILE", help="or RAYVAEC_TOKEN")
+    verb.add_argument("--use-gpu", action="store_true", help="one GPU a replica")
+    verb.set_defaults(run=_serve)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from rayvaec.serve.app import run
+
+    run(
+        arguments.model,
+        host=arguments.host,
+        port=arguments.port,
+        num_replicas=arguments.num_replicas,
+        token_file=arguments.token_file,
+        use_gpu=arguments.use_gpu,
+    )
