@@ -21,6 +21,22 @@ from rayvaec.progress import Progress
 
 
 @dataclass(frozen=True)
+class Names:
+    """The inputs' genes, labels and batches; arrays run over the cells of all inputs.
+
+    Parameters
+    ----------
+    registry, targets, labels, batches
+        As in `Survey`.
+    """
+
+    registry: Registry
+    targets: tuple[NDArray[np.int64], ...]
+    labels: NDArray[np.int64]
+    batches: NDArray[np.int64] | None
+
+
+@dataclass(frozen=True)
 class Survey:
     """What the inputs hold; arrays run over the cells of all inputs, one input after the other.
 
@@ -59,7 +75,7 @@ def survey(
     inputs: Sequence[Input],
     labels_key: str,
     batch_key: str | None,
-    genes: str | Path | None,
+    genes: str | Path | tuple[str, ...] | None,
     block_elements: int,
     scratch: Path,
 ) -> Survey:
@@ -70,7 +86,7 @@ def survey(
     inputs : sequence of Input
         Opened for reading.
     labels_key, batch_key, genes
-        As in `rayvaec.data.build.PrepareConfig`.
+        As in `rayvaec.data.build.PrepareConfig`; or the genes themselves.
     block_elements : int
         About how many stored values to hold in memory.
     scratch : Path
@@ -87,6 +103,33 @@ def survey(
     ConfigError
         If `genes` names a file that cannot be read.
     """
+    names = read_names(inputs, labels_key, batch_key, genes)
+    registry, targets = names.registry, names.targets
+    n_cells = len(names.labels)
+    empty, hashes = np.empty(n_cells, bool), np.empty(n_cells, np.uint64)
+    gene_totals, nnz, max_count = np.zeros(registry.n_genes, np.int64), 0, 0
+    with Progress(n_cells, "cells", "checking") as progress:
+        for start, cells, x in aligned_blocks(inputs, targets, registry, block_elements, scratch):
+            rows = slice(start, start + x.shape[0])
+            empty[rows] = np.diff(x.indptr) == 0
+            hashes[rows] = name_hashes(cells)
+            # Sums of whole numbers below 2**53 are exact in bincount's float64.
+            gene_totals += np.bincount(x.indices, x.data, registry.n_genes).astype(np.int64)
+            nnz, max_count = nnz + x.nnz, max(max_count, int(x.data.max(initial=0)))
+            progress.advance(x.shape[0])
+    return Survey(
+        *(registry, targets, names.labels, names.batches),
+        *(empty, hashes, gene_totals, nnz, max_count),
+    )
+
+
+def read_names(
+    inputs: Sequence[Input],
+    labels_key: str,
+    batch_key: str | None,
+    genes: str | Path | tuple[str, ...] | None,
+) -> Names:
+    """Read and check all names but those of the cells; parameters and errors as in `survey`."""
     for source in inputs:
         _refuse_nothing(source)
     kept_genes = choose_genes(inputs, genes)
@@ -96,21 +139,7 @@ def survey(
     targets = tuple(
         inverse(registry.align_genes(source.genes).columns, source.n_genes) for source in inputs
     )
-    n_cells = len(label_codes)
-    empty, hashes = np.empty(n_cells, bool), np.empty(n_cells, np.uint64)
-    gene_totals, nnz, max_count = np.zeros(registry.n_genes, np.int64), 0, 0
-    with Progress(n_cells, "cells", "checking") as progress:
-        for start, names, x in aligned_blocks(inputs, targets, registry, block_elements, scratch):
-            rows = slice(start, start + x.shape[0])
-            empty[rows] = np.diff(x.indptr) == 0
-            hashes[rows] = name_hashes(names)
-            # Sums of whole numbers below 2**53 are exact in bincount's float64.
-            gene_totals += np.bincount(x.indices, x.data, registry.n_genes).astype(np.int64)
-            nnz, max_count = nnz + x.nnz, max(max_count, int(x.data.max(initial=0)))
-            progress.advance(x.shape[0])
-    return Survey(
-        registry, targets, label_codes, batch_codes, empty, hashes, gene_totals, nnz, max_count
-    )
+    return Names(registry, targets, label_codes, batch_codes)
 
 
 def aligned_blocks(
@@ -152,16 +181,18 @@ def aligned_blocks(
         offset += source.n_cells
 
 
-def choose_genes(inputs: Sequence[Input], genes: str | Path | None) -> tuple[str, ...]:
+def choose_genes(
+    inputs: Sequence[Input], genes: str | Path | tuple[str, ...] | None
+) -> tuple[str, ...]:
     """Choose and order the store's genes.
 
     Parameters
     ----------
     inputs : sequence of Input
         At least one.
-    genes : {"intersect", "union"} or path, optional
-        Genes that all inputs have; genes that any has; the genes that a file names, one a line.
-        By default all inputs must have the same genes.
+    genes : {"intersect", "union"}, path or tuple of str, optional
+        Genes that all inputs have; genes that any has; the genes that a file names, one a line;
+        these. By default all inputs must have the same genes.
 
     Returns
     -------
@@ -177,6 +208,8 @@ def choose_genes(inputs: Sequence[Input], genes: str | Path | None) -> tuple[str
     """
     for source in inputs:
         refuse_duplicates(source.genes, "gene", str(source.path))
+    if isinstance(genes, tuple):
+        return genes
     if genes not in (None, "intersect", "union"):
         return _genes_of_file(inputs, Path(genes))
     first = inputs[0].genes
