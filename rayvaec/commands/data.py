@@ -48,6 +48,9 @@ def add_prepare(verbs: Verbs) -> None:
         metavar="intersect|union|FILE",
         help="what to do where inputs differ: shared genes, all genes, or those a file lists",
     )
+    verb.add_argument(
+        "--n-top-genes", type=int, metavar="N", help="keep the N genes that vary most (seurat_v3)"
+    )
     verb.add_argument("--drop-empty", action="store_true", help="leave out cells without counts")
     verb.add_argument("--val-fraction", type=float, default=0.1, help="cells kept for validation")
     verb.add_argument("--seed", type=int, default=0, help="seed of the shuffle")
@@ -66,6 +69,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         batch_key=arguments.batch_key,
         layer=arguments.layer,
         genes=arguments.genes,
+        n_top_genes=arguments.n_top_genes,
         drop_empty=arguments.drop_empty,
         val_fraction=arguments.val_fraction,
         seed=arguments.seed,

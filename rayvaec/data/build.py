@@ -30,7 +30,8 @@ from rayvaec.data.names import listing
 from rayvaec.data.partition import CountsDtypes, write_manifest
 from rayvaec.data.partition_jobs import PartitionJob, write_partitions
 from rayvaec.data.scatter import Scatter
-from rayvaec.data.survey import Survey, aligned_blocks, survey
+from rayvaec.data.survey import Survey, aligned_blocks, read_names, survey
+from rayvaec.data.variable_genes import most_variable
 from rayvaec.errors import ConfigError, CountsError, StoreError
 from rayvaec.files import check_free, remove, whole_output
 from rayvaec.progress import Progress
@@ -80,6 +81,7 @@ class PrepareConfig:
     batch_key: str | None = None
     layer: str | None = None
     genes: str | Path | None = None
+    n_top_genes: int | None = None
     drop_empty: bool = False
     val_fraction: float = 0.1
     seed: int = 0
@@ -102,7 +104,13 @@ class PrepareConfig:
             )
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"--seed is {self.seed}", "use a number from 0 to 2**63 - 1")
-        for name in ("rows_per_chunk", "num_workers", "block_elements", "partition_elements"):
+        for name in (
+            "n_top_genes",
+            "rows_per_chunk",
+            "num_workers",
+            "block_elements",
+            "partition_elements",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 option = name.replace("_", "-")
@@ -158,7 +166,7 @@ def prepare(
             sources,
             config.labels_key,
             config.batch_key,
-            config.genes,
+            _genes(sources, config, scratch),
             config.block_elements,
             scratch,
         )
@@ -185,6 +193,16 @@ def prepare(
         manifest = _manifest(sources, found, kept, partitions, config)
         write_manifest(folder, manifest)
     return manifest
+
+
+def _genes(
+    sources: Sequence[Input], config: PrepareConfig, scratch: Path
+) -> str | Path | tuple[str, ...] | None:
+    """Return the choice of genes, made already where it depends on the counts."""
+    if config.n_top_genes is None:
+        return config.genes
+    names = read_names(sources, config.labels_key, config.batch_key, config.genes)
+    return most_variable(sources, names, config.n_top_genes, config.block_elements, scratch)
 
 
 def _check_paths(inputs: Sequence[Path], out: Path) -> None:
