@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self
 
 from rayvaec.data.registry import Registry
 from rayvaec.errors import CountsError, StoreError
@@ -60,6 +60,37 @@ class PartitionInfo:
         )
 
 
+class Portion(NamedTuple):
+    """Consecutive partitions that were shuffled together: by `prepare`, or by one ``--append``.
+
+    Parameters
+    ----------
+    n_partitions : int
+        How many.
+    n_train : int
+        How many of their cells, the first ones, are for training.
+    """
+
+    n_partitions: int
+    n_train: int
+
+
+class Segment(NamedTuple):
+    """Rows of one partition that follow one another in the store.
+
+    Parameters
+    ----------
+    partition : int
+        Its position in the manifest.
+    start, stop : int
+        Rows of the partition.
+    """
+
+    partition: int
+    start: int
+    stop: int
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a finished store holds.
@@ -77,7 +108,8 @@ class Manifest:
     total_counts : int
         Sum of all counts.
     n_train : int
-        Rows ``[0, n_train)`` are for training, ``[n_train, n_cells)`` for validation.
+        Rows ``[0, n_train)``, in the order of `segments`, are for training, and
+        ``[n_train, n_cells)`` for validation.
     seed : int
         Seed of the global shuffle.
     sources : tuple of dict
@@ -90,6 +122,10 @@ class Manifest:
         Version that wrote the store.
     format_version : int
         Version of this layout.
+    portions : tuple of Portion
+        What was shuffled together, in the order of the partitions; empty where all was.
+    options : mapping of str to JSON-able
+        How `prepare` was told to write, for what is appended later.
     """
 
     registry: Registry
@@ -105,20 +141,44 @@ class Manifest:
     created: str
     rayvaec_version: str
     format_version: int = FORMAT_VERSION
+    portions: tuple[Portion, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def segments(self) -> tuple[Segment, ...]:
+        """Return the store's rows in order: every portion's training cells, then what is left.
+
+        A store that nothing was appended to has its partitions' rows in the order they lie in.
+        """
+        train: list[Segment] = []
+        validation: list[Segment] = []
+        number = 0
+        for portion in self.portions or (Portion(len(self.partitions), self.n_train),):
+            left = portion.n_train
+            for partition in self.partitions[number : number + portion.n_partitions]:
+                cut = min(left, partition.n_cells)
+                train.append(Segment(number, 0, cut))
+                validation.append(Segment(number, cut, partition.n_cells))
+                number, left = number + 1, left - cut
+        return tuple(segment for segment in train + validation if segment.start < segment.stop)
 
     def hash(self) -> str:
         """Return 64 hexadecimal digits that are equal for stores giving the same minibatches.
 
-        When, from which paths and by which version the store was written does not enter.
+        When, from which paths, with which options and by which version the store was written
+        does not enter.
         """
         content = self.to_json()
-        for key in ("created", "rayvaec_version", "sources"):
-            del content[key]
+        for key in ("created", "rayvaec_version", "sources", "options"):
+            content.pop(key, None)
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able dict that `from_json` reads."""
+        optional = {
+            "portions": [portion._asdict() for portion in self.portions],
+            "options": dict(self.options),
+        }
         return {
             "format_version": self.format_version,
             "rayvaec_version": self.rayvaec_version,
@@ -132,6 +192,7 @@ class Manifest:
             "splits": {"train": [0, self.n_train], "validation": [self.n_train, self.n_cells]},
             "seed": self.seed,
             "sources": list(self.sources),
+            **{key: value for key, value in optional.items() if value},
             "partitions": [partition.to_json() for partition in self.partitions],
         }
 
@@ -177,7 +238,23 @@ class Manifest:
                 f"{manifest.n_train} of them for training, and its partitions of {cells}",
                 damaged,
             )
+        if manifest.portions and not manifest._portions_fit():
+            raise StoreError(
+                f"the portions in the manifest of the store {where} do not fit its partitions",
+                damaged,
+            )
         return manifest
+
+    def _portions_fit(self) -> bool:
+        number = 0
+        for portion in self.portions:
+            partitions = self.partitions[number : number + portion.n_partitions]
+            cells = sum(partition.n_cells for partition in partitions)
+            if not (partitions and 0 <= portion.n_train <= cells):
+                return False
+            number += portion.n_partitions
+        n_train = sum(portion.n_train for portion in self.portions)
+        return number == len(self.partitions) and n_train == self.n_train
 
     @classmethod
     def _from_fields(cls, value: Mapping[str, Any]) -> Self:
@@ -195,4 +272,9 @@ class Manifest:
             seed=int(value["seed"]),
             sources=tuple(dict(source) for source in value["sources"]),
             partitions=tuple(PartitionInfo.from_json(item) for item in value["partitions"]),
+            portions=tuple(
+                Portion(int(item["n_partitions"]), int(item["n_train"]))
+                for item in value.get("portions", ())
+            ),
+            options=dict(value.get("options", {})),
         )

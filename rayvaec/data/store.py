@@ -129,7 +129,8 @@ class Store:
         self.partitions = [
             Partition(blobs, info, manifest.registry) for info in manifest.partitions
         ]
-        cells = [info.n_cells for info in manifest.partitions]
+        self._segments = manifest.segments()
+        cells = [segment.stop - segment.start for segment in self._segments]
         self._starts = np.concatenate([[0], np.cumsum(cells)]).astype(np.int64)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -191,14 +192,15 @@ class Store:
                 f"it has {self.n_cells} rows",
             )
         first = int(np.searchsorted(self._starts, start, side="right")) - 1
-        for partition, begin in zip(
-            self.partitions[first:], self._starts[first:].tolist(), strict=False
+        for segment, begin in zip(
+            self._segments[first:], self._starts[first:].tolist(), strict=False
         ):
             if begin >= stop:
                 return
-            end = min(stop - begin, partition.info.n_cells)
-            if end > max(start - begin, 0):
-                yield partition, max(start - begin, 0), end
+            shift = segment.start - begin
+            begin, end = max(start, begin) + shift, min(stop + shift, segment.stop)
+            if begin < end:
+                yield self.partitions[segment.partition], begin, end
 
     def read(self, start: int, stop: int) -> Rows:
         """Read consecutive cells.

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from rayvaec.data.manifest import FORMAT_VERSION, Manifest, PartitionInfo
+from rayvaec.data.manifest import FORMAT_VERSION, Manifest, PartitionInfo, Portion
 from rayvaec.data.registry import Registry
 from rayvaec.errors import StoreError
 
@@ -52,6 +52,33 @@ def test_the_hash_is_that_of_the_contents():
         {"registry": Registry(("g", "i"), ("T", "B"), "cell_type", ("x",), "batch")},
     ):
         assert replace(MANIFEST, **change).hash() != digest
+
+
+APPENDED = replace(
+    MANIFEST,
+    n_train=4,
+    portions=(Portion(1, 3), Portion(1, 1)),
+    options={"codec": "zstd"},
+)
+
+
+def test_the_rows_of_portions_are_training_cells_first():
+    assert MANIFEST.segments() == ((0, 0, 4), (1, 0, 1), (1, 1, 3))
+    assert APPENDED.segments() == ((0, 0, 3), (1, 0, 1), (0, 3, 4), (1, 1, 3))
+    assert Manifest.from_json(as_read(APPENDED), "S") == APPENDED
+    hashes = {APPENDED.hash(), replace(APPENDED, options={}).hash()}
+    assert len(hashes) == 1
+    assert replace(APPENDED, portions=()).hash() not in hashes
+
+
+@pytest.mark.parametrize(
+    "portions", [((2, 3),), ((1, 3), (1, 2)), ((1, 5), (1, -1)), ((2, 4), (0, 0))]
+)
+def test_portions_that_do_not_fit_are_refused(portions):
+    value = as_read(APPENDED)
+    value["portions"] = [{"n_partitions": n, "n_train": train} for n, train in portions]
+    with pytest.raises(StoreError, match="portions in the manifest of the store S do not fit"):
+        Manifest.from_json(value, "S")
 
 
 def test_a_newer_format_is_refused():
