@@ -31,7 +31,7 @@ from rayvaec.data.partition import CountsDtypes, write_manifest
 from rayvaec.data.partition_jobs import PartitionJob, write_partitions
 from rayvaec.data.scatter import Scatter
 from rayvaec.data.survey import Survey, aligned_blocks, read_names, survey
-from rayvaec.data.variable_genes import most_variable
+from rayvaec.data.variable_genes import FLAVOUR, most_variable
 from rayvaec.errors import ConfigError, CountsError, StoreError
 from rayvaec.files import check_free, remove, whole_output
 from rayvaec.progress import Progress
@@ -162,11 +162,12 @@ def prepare(
         sources = [stack.enter_context(Input(path, config.layer)) for path in inputs]
         folder = stack.enter_context(whole_output(out, overwrite)).absolute()
         scratch = folder / ".scratch"
+        genes, gene_choice = _choose_genes(sources, config, scratch)
         found = survey(
             sources,
             config.labels_key,
             config.batch_key,
-            _genes(sources, config, scratch),
+            genes,
             config.block_elements,
             scratch,
         )
@@ -190,19 +191,25 @@ def prepare(
         ]
         partitions = write_partitions(jobs, config.num_workers)
         remove(scratch)
-        manifest = _manifest(sources, found, kept, partitions, config)
+        manifest = _manifest(sources, found, kept, partitions, config, gene_choice)
         write_manifest(folder, manifest)
     return manifest
 
 
-def _genes(
+def _choose_genes(
     sources: Sequence[Input], config: PrepareConfig, scratch: Path
-) -> str | Path | tuple[str, ...] | None:
-    """Return the choice of genes, made already where it depends on the counts."""
+) -> tuple[str | Path | tuple[str, ...] | None, dict[str, Any]]:
+    """Return the choice of genes, made already where it depends on the counts, and its record."""
     if config.n_top_genes is None:
-        return config.genes
+        return config.genes, {}
     names = read_names(sources, config.labels_key, config.batch_key, config.genes)
-    return most_variable(sources, names, config.n_top_genes, config.block_elements, scratch)
+    genes = most_variable(sources, names, config.n_top_genes, config.block_elements, scratch)
+    return genes, {
+        "flavour": FLAVOUR,
+        "n_top_genes": config.n_top_genes,
+        "n_genes": names.registry.n_genes,
+        "batch_key": config.batch_key,
+    }
 
 
 def _check_paths(inputs: Sequence[Path], out: Path) -> None:
@@ -324,6 +331,7 @@ def _manifest(
     kept: NDArray[np.int64],
     partitions: Sequence[PartitionInfo],
     config: PrepareConfig,
+    gene_choice: dict[str, Any],
 ) -> Manifest:
     n_validation = round(len(kept) * config.val_fraction)
     if config.val_fraction and len(kept) > 1:
@@ -342,6 +350,7 @@ def _manifest(
         partitions=tuple(partitions),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         rayvaec_version=__version__,
+        gene_choice=gene_choice,
     )
 
 

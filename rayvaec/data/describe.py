@@ -25,7 +25,7 @@ def describe_store(store: Store) -> str:
     manifest, registry = store.manifest, store.registry
     rows = [
         ("cells", _cells(manifest)),
-        ("genes", f"{registry.n_genes:,}: {listing(registry.genes, 3)}"),
+        ("genes", _genes(manifest)),
         ("counts", _counts(manifest)),
         ("labels", _labels(manifest)),
     ]
@@ -47,6 +47,18 @@ def _cells(manifest: Manifest) -> str:
         f"{manifest.n_cells:,}: {manifest.n_train:,} for training, "
         f"{manifest.n_cells - manifest.n_train:,} for validation, shuffled with seed "
         f"{manifest.seed}"
+    )
+
+
+def _genes(manifest: Manifest) -> str:
+    registry, choice = manifest.registry, manifest.gene_choice
+    named = f"{registry.n_genes:,}: {listing(registry.genes, 3)}"
+    if not choice:
+        return named
+    per_batch = f", ranked per {choice['batch_key']}" if choice["batch_key"] else ""
+    return (
+        f"{named}; the {choice['n_top_genes']:,} of {choice['n_genes']:,} that vary most "
+        f"({choice['flavour']}{per_batch})"
     )
 
 

@@ -126,6 +126,9 @@ class Manifest:
         What was shuffled together, in the order of the partitions; empty where all was.
     options : mapping of str to JSON-able
         How `prepare` was told to write, for what is appended later.
+    gene_choice : mapping of str to JSON-able
+        Where the most variable genes were kept: `flavour`, `n_top_genes`, `n_genes` (out of how
+        many) and `batch_key`; else empty.
     """
 
     registry: Registry
@@ -143,6 +146,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
     portions: tuple[Portion, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    gene_choice: Mapping[str, Any] = field(default_factory=dict)
 
     def segments(self) -> tuple[Segment, ...]:
         """Return the store's rows in order: every portion's training cells, then what is left.
@@ -168,7 +172,7 @@ class Manifest:
         does not enter.
         """
         content = self.to_json()
-        for key in ("created", "rayvaec_version", "sources", "options"):
+        for key in ("created", "rayvaec_version", "sources", "options", "gene_choice"):
             content.pop(key, None)
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
@@ -178,6 +182,7 @@ class Manifest:
         optional = {
             "portions": [portion._asdict() for portion in self.portions],
             "options": dict(self.options),
+            "gene_choice": dict(self.gene_choice),
         }
         return {
             "format_version": self.format_version,
@@ -277,4 +282,5 @@ class Manifest:
                 for item in value.get("portions", ())
             ),
             options=dict(value.get("options", {})),
+            gene_choice=dict(value.get("gene_choice", {})),
         )
