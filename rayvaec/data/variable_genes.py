@@ -25,6 +25,9 @@ from rayvaec.progress import Progress
 
 FLAVOUR = "seurat_v3"
 SPAN = 0.3
+# With fewer points, a local curve over this span has fewer points than it has parameters; loess
+# then raises, or ends the process.
+LEAST_GENES = 14
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,9 @@ def expected_deviations(moments: GeneMoments, called: Sequence[str]) -> NDArray[
     logs = np.zeros_like(means)
     for batch, name in enumerate(called):
         varies = variances[batch] > 0
-        n = int(moments.cells[batch])
+        n, n_varying = int(moments.cells[batch]), int(varies.sum())
+        if n_varying < LEAST_GENES:
+            raise _no_curve(name, n, f"{n_varying} genes vary and {LEAST_GENES} are needed")
         try:
             model = loess(
                 *(np.log10(means[batch, varies]), np.log10(variances[batch, varies])),
@@ -200,7 +205,7 @@ def expected_deviations(moments: GeneMoments, called: Sequence[str]) -> NDArray[
             model.fit()
         except ValueError as error:
             reason = str(error).removeprefix("b'").rstrip("'. ")
-            how = f"{int(varies.sum())} genes vary and loess says: {reason}"
+            how = f"{n_varying} genes vary and loess says: {reason}"
             raise _no_curve(name, n, how) from error
         logs[batch, varies] = model.outputs.fitted_values
     return np.sqrt(10**logs)
