@@ -100,6 +100,8 @@ def test_ties_and_genes_that_are_never_high():
     assert top_genes(values, 2).tolist() == [0, 4]  # both 0 and 1 rank second in one batch
     assert top_genes(values, 3).tolist() == [0, 1, 4]
     assert top_genes(values, 5).tolist() == [0, 1, 2, 3, 4]
+    # 0 ranks second in one batch of three, 1 in two.
+    assert top_genes(np.array([[0.0, 5, 9], [0.0, 5, 9], [5.0, 0, 9]]), 2).tolist() == [1, 2]
 
 
 def test_the_choice_is_scanpys_on_real_counts(shared, tmp_path):
