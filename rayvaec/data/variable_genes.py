@@ -64,7 +64,7 @@ def most_variable(
 ) -> tuple[str, ...]:
     """Choose the genes that vary most.
 
-    Memory holds a block of cells and six numbers for every batch and gene.
+    Memory holds a block of cells and some ten numbers for every batch and gene.
 
     Parameters
     ----------
