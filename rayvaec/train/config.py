@@ -17,6 +17,7 @@ from rayvaec.train.settings import (
     setting,
     unknown,
 )
+from rayvaec.train.workers import split_range
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -92,13 +93,27 @@ class TrainConfig:
     prefetch: int = setting(2, "minibatches made ahead", low=1, resumable=True)
     val_cells: int | None = setting(None, "validation cells used; by default all", low=1)
 
-    num_workers: int = setting(1, "data-parallel workers", low=1, resumable=True)
+    num_workers: int = setting(
+        1, "data-parallel workers; 2-8: as many of them as there is room for", low=1, resumable=True
+    )
+    min_workers: int | None = setting(
+        None, "workers that the run goes on with; by default all", low=1, resumable=True
+    )
     use_gpu: bool = setting(False, "one GPU a worker", resumable=True)
     cpus_per_worker: int | None = setting(
         None, "CPUs and threads of a worker; by default an even share", low=1, resumable=True
     )
     max_failures: int = setting(
-        3, "lost workers the run survives by itself; -1: any number", low=-1, resumable=True
+        3,
+        "losses of workers survived between two checkpoints; -1: any number",
+        low=-1,
+        resumable=True,
+    )
+    max_wait: float = setting(
+        600.0, "seconds for which a run waits for room for its workers", above=0, resumable=True
+    )
+    resize_seconds: float = setting(
+        60.0, "seconds between looks for room for more workers", above=0, resumable=True
     )
     checkpoint_steps: int | None = setting(
         None, "steps between checkpoints within an epoch", low=1, resumable=True
@@ -164,7 +179,7 @@ class TrainConfig:
         ConfigError
             If names are unknown or values cannot be used, all at once.
         """
-        read, problems = read_values(cls, values)
+        read, problems = read_values(cls, split_range(values))
         raise_problems(problems + _problems(asdict(cls()) | read))
         return cls(**read)
 
@@ -201,9 +216,10 @@ class TrainConfig:
             Naming every problem at once, with the nearest valid name.
         """
         given, problems = read_pairs(settings, flags)
+        given = split_range(given)
         if file is not None:
             from_file, file_problems = read_file(Path(file))
-            given, problems = from_file | given, file_problems + problems
+            given, problems = split_range(from_file) | given, file_problems + problems
         base = {} if run is None else read_config(run).to_json()
         recipe = given.pop("preset", "default")
         if recipe not in PRESETS:
@@ -232,6 +248,11 @@ class TrainConfig:
             return self
         epochs = round(DEFAULT_EPOCHS * math.sqrt(CELLS_PER_DEFAULT_RUN / max(n_train, 1)))
         return replace(self, max_epochs=min(max(epochs, FEWEST_EPOCHS), MOST_EPOCHS))
+
+    @property
+    def fewest_workers(self) -> int:
+        """Workers without which the run does not go on."""
+        return self.min_workers or self.num_workers
 
     def conflicts(self, other: Self) -> list[str]:
         """Return the settings in which a resumed run may not differ from `other` but does."""
@@ -287,6 +308,11 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         )
     if values["prior"] == "mog" and values["generative"] != "softmax":
         problems.append("prior='mog' needs generative='softmax'")
+    if (values["min_workers"] or 1) > workers:
+        problems.append(
+            f"min_workers={values['min_workers']} is more than num_workers={workers}: a range "
+            "is written as num_workers=2-8"
+        )
     if workers > lanes:
         problems.append(
             f"num_workers={workers} is more than lanes={lanes}: use {lanes} workers or fewer, or "

@@ -1,0 +1,115 @@
+"""How many workers, and with what: ranges such as 2-8, and what the cluster has for them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rayvaec.runtime import check_cpus, check_gpus
+
+if TYPE_CHECKING:
+    from rayvaec.train.config import TrainConfig
+
+MOST_THREADS = 8
+"""CPUs that a worker gets by default, at most: a VAEC's layers are too small to use more."""
+
+
+def split_range(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Read ``num_workers="2-8"`` as the two settings that it stands for.
+
+    Parameters
+    ----------
+    values : Mapping
+        Settings by name, from one source.
+
+    Returns
+    -------
+    dict
+        With ``min_workers`` wherever ``num_workers`` is given: a plain number means no fewer.
+    """
+    values = dict(values)
+    if "num_workers" in values:
+        ends = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", str(values["num_workers"]))
+        if ends is None:
+            values.setdefault("min_workers", None)
+        else:
+            values["min_workers"], values["num_workers"] = map(int, ends.groups())
+    return values
+
+
+def workers_text(fewest: int, most: int) -> str:
+    """Return ``"1 worker"``, ``"3 workers"`` or ``"2 to 8 workers"``."""
+    if fewest < most:
+        return f"{fewest} to {most} workers"
+    return f"{most} worker{'s' if most != 1 else ''}"
+
+
+def share_of_cpus(
+    nodes: Sequence[tuple[float, float]], num_workers: int, use_gpu: bool = False, fewest: int = 0
+) -> int:
+    """Return the most CPUs that every worker can have on the nodes there are.
+
+    Where not all workers fit now, the share is that of as many as do: nodes that come later are
+    taken to be like those there are.
+
+    Parameters
+    ----------
+    nodes : sequence of (float, float)
+        CPUs and GPUs of each node.
+    num_workers : int
+        Workers to be placed.
+    use_gpu : bool
+        Whether each needs a GPU of its node as well.
+    fewest : int
+        Workers that are enough to begin with; 0: all.
+
+    Returns
+    -------
+    int
+        From 1 to `MOST_THREADS`; 1 also where they do not fit at all.
+    """
+
+    def places(cpus_each: int) -> int:
+        return sum(int(min(cpus // cpus_each, gpus if use_gpu else cpus)) for cpus, gpus in nodes)
+
+    placed = max(min(num_workers, places(1)), fewest or num_workers)
+    fitting = [n for n in range(1, MOST_THREADS + 1) if places(n) >= placed]
+    return max(fitting, default=1)
+
+
+def check_resources(config: TrainConfig) -> int:
+    """Refuse what Ray would wait for in vain; call it with Ray connected.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        How many workers, and whether on GPUs.
+
+    Returns
+    -------
+    int
+        CPUs of each worker.
+
+    Raises
+    ------
+    ConfigError
+        If the cluster has too few CPUs or GPUs for the fewest workers, and cannot come to more.
+    """
+    import ray
+
+    fewest = config.fewest_workers
+    who = workers_text(fewest, fewest)
+    if config.use_gpu:
+        check_gpus(fewest, who)
+    nodes = [
+        (node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    cpus = config.cpus_per_worker or share_of_cpus(
+        nodes, config.num_workers, config.use_gpu, fewest
+    )
+    each = f" with {cpus} CPUs each" if cpus > 1 else ""
+    check_cpus(fewest * cpus, f"{who}{each}")
+    return cpus
