@@ -118,8 +118,15 @@ def survey(
             nnz, max_count = nnz + x.nnz, max(max_count, int(x.data.max(initial=0)))
             progress.advance(x.shape[0])
     return Survey(
-        *(registry, targets, names.labels, names.batches),
-        *(empty, hashes, gene_totals, nnz, max_count),
+        registry,
+        targets,
+        labels=names.labels,
+        batches=names.batches,
+        empty=empty,
+        hashes=hashes,
+        gene_totals=gene_totals,
+        nnz=nnz,
+        max_count=max_count,
     )
 
 
