@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import secrets
 import socket
 import sys
@@ -19,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rayvaec.errors import ConfigError
+from rayvaec.location import Location, Url, location
 
 CONNECT_TIMEOUT_S = 10
 """How long a Ray may take to accept a connection."""
@@ -136,7 +136,7 @@ def check_cpus(wanted: float, what: str) -> None:
     available = _available("CPU")
     if wanted > available:
         raise ConfigError(
-            f"{what} need {wanted:g} CPUs and Ray has {available:g}",
+            f"{_needs(what, wanted, 'CPU')} and Ray has {available:g}",
             f"use --num-workers {max(int(available), 1)} or fewer, or a larger cluster",
         )
 
@@ -160,9 +160,14 @@ def check_gpus(wanted: float, what: str) -> None:
     if wanted > available:
         fewer = f"use --num-workers {int(available)} or fewer, or" if available >= 1 else "use"
         raise ConfigError(
-            f"{what} need {wanted:g} GPUs and Ray has {available:g}",
+            f"{_needs(what, wanted, 'GPU')} and Ray has {available:g}",
             f"{fewer} a larger cluster, or leave out --use-gpu",
         )
+
+
+def _needs(what: str, wanted: float, kind: str) -> str:
+    verb = "needs" if what.startswith("1 worker ") or what == "1 worker" else "need"
+    return f"{what} {verb} {wanted:g} {kind}{'s' if wanted != 1 else ''}"
 
 
 def _available(kind: str) -> float:
@@ -172,7 +177,7 @@ def _available(kind: str) -> float:
     return max(now, float(os.environ.get(f"RAYVAEC_MAX_{kind}S", "0")))
 
 
-def check_job_paths(paths: Iterable[Path]) -> None:
+def check_job_paths(paths: Iterable[Path], stores: Iterable[Location] = ()) -> None:
     """Refuse URLs, and relative paths in a submitted job.
 
     The working folder of a job is a copy that goes away.
@@ -180,21 +185,27 @@ def check_job_paths(paths: Iterable[Path]) -> None:
     Parameters
     ----------
     paths : iterable of Path
-        What the command reads and writes.
+        What the command reads and writes, and what must be a path.
+    stores : iterable of Path or Url
+        What it reads and what may be a URL.
 
     Raises
     ------
     ConfigError
-        If a path is a URL, or is relative and this process is a job.
+        If one of `paths` is a URL, or a path is relative and this process is a job.
     """
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # what Ray's job server sets
+    local = []
     for path in paths:
-        if re.fullmatch(r"[a-z0-9+]{2,}:", path.parts[0] if path.parts else ""):
+        where = location(path)
+        if isinstance(where, Url):
             raise ConfigError(
-                f"{path.parts[0]}//{'/'.join(path.parts[1:])} is a URL, and this command works on "
-                "paths alone",
-                "mount the storage and give the path under which every node sees it",
+                f"{where} is a URL, and only the store that train, sample and their kin read may "
+                "be one",
+                f"give a path, and copy it, such as with `aws s3 sync FOLDER {where}`",
             )
+        local.append(where)
+    for path in [*local, *(where for where in stores if isinstance(where, Path))]:
         if in_job and not path.is_absolute():
             raise ConfigError(
                 f"the path {path} is relative, and a job runs in a copy of the working folder",
@@ -202,13 +213,13 @@ def check_job_paths(paths: Iterable[Path]) -> None:
             )
 
 
-def check_seen(inputs: Sequence[Path] = (), outputs: Sequence[Path] = ()) -> None:
+def check_seen(inputs: Sequence[Location] = (), outputs: Sequence[Path] = ()) -> None:
     """Refuse paths that one of the cluster's nodes does not see; call it with Ray connected.
 
     Parameters
     ----------
-    inputs : sequence of Path
-        What is read; exists.
+    inputs : sequence of Path or Url
+        What is read; exists. URLs are not looked for: whoever opens one says what is wrong.
     outputs : sequence of Path
         What will be written.
 
@@ -221,9 +232,8 @@ def check_seen(inputs: Sequence[Path] = (), outputs: Sequence[Path] = ()) -> Non
 
     nodes = {node["NodeID"]: node["NodeName"] for node in ray.nodes() if node["Alive"]}
     if len(nodes) > 1:
-        _look_everywhere(
-            nodes, [path.absolute() for path in inputs], [path.absolute() for path in outputs]
-        )
+        paths = [path.absolute() for path in inputs if isinstance(path, Path)]
+        _look_everywhere(nodes, paths, [path.absolute() for path in outputs])
 
 
 def _look_everywhere(nodes: dict[str, str], inputs: list[Path], outputs: list[Path]) -> None:

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "rayvaec"
 ORDER = (
     "errors",
     "files",
+    "location",
     "progress",
     "runtime",
     "compiled",

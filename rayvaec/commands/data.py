@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rayvaec.commands.options import Verbs, add_out
 from rayvaec.errors import StoreError
+from rayvaec.location import Url, location
 
 
 def add_simulate(verbs: Verbs) -> None:
@@ -84,14 +85,14 @@ def _prepare(arguments: argparse.Namespace) -> None:
 def add_inspect(verbs: Verbs) -> None:
     """Add the verb to the parser."""
     verb = verbs.add_parser("inspect", help="say what a store, a model or a run holds")
-    verb.add_argument("path", type=Path, metavar="STORE|MODEL|RUN")
+    verb.add_argument("path", metavar="STORE|MODEL|RUN", help="a store may be a URL")
     verb.add_argument("--verify", action="store_true", help="check the checksums of a store")
     verb.set_defaults(run=_inspect)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    path: Path = arguments.path
-    if (path / "zarr.json").exists():
+    path = location(arguments.path)
+    if isinstance(path, Url) or (path / "zarr.json").exists():
         from rayvaec.data.describe import describe_store
         from rayvaec.data.store import open_store
 

@@ -20,7 +20,7 @@ def add_bulk(verbs: Verbs) -> None:
     for name, help_text in _BULK.items():
         verb = verbs.add_parser(name, help=help_text)
         verb.add_argument("model", type=Path, metavar="MODEL")
-        verb.add_argument("store", type=Path, metavar="STORE")
+        verb.add_argument("store", metavar="STORE", help="folder, or s3://, gs://, https://")
         add_out(
             verb, "OUT.zarr", "AnnData Zarr to write; a rerun after a stop does what is missing"
         )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rayvaec.data.checksums import file_checksum
 from rayvaec.errors import StoreError
 
 if TYPE_CHECKING:
@@ -18,9 +20,16 @@ if TYPE_CHECKING:
 
 MAX_OPEN_FILES = 128
 
+ByteRange = tuple[str, int, int]
+"""A file, and the first and one past the last of some of its bytes."""
+
 
 class Blobs(Protocol):
     """Read access to the files below one root."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether reading takes no longer than asking `fetch` for it would."""
 
     def locate(self, key: str) -> str:
         """Return the full path or address of a file, for messages."""
@@ -39,6 +48,23 @@ class Blobs(Protocol):
         StoreError
             If the file is missing, ends before, or cannot be read; the message names it.
         """
+
+    def fetch(self, ranges: Iterable[ByteRange]) -> None:
+        """Read many ranges at once where that is faster than one after the other.
+
+        The calling thread's reads find them in memory until it fetches again.
+
+        Raises
+        ------
+        StoreError
+            As `read`.
+        """
+
+    def checksum(self, key: str) -> str | None:
+        """Return ``sha256:`` and a file's SHA-256, None where there is no such file."""
+
+    def zarr_store(self) -> Any:
+        """Return what zarr opens these files by."""
 
     def zarr_array(self, path: str) -> zarr.Array[Any]:
         """Open an array with zarr itself."""
@@ -63,6 +89,8 @@ class LocalBlobs:
     root : Path
         The folder.
     """
+
+    is_local = True
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -109,6 +137,21 @@ class LocalBlobs:
                 f"and {start + len(room)} are needed",
                 "copy it again, or write the store again with `rayvaec prepare ... --overwrite`",
             )
+
+    def fetch(self, ranges: Iterable[ByteRange]) -> None:
+        """Do nothing: reading is as fast."""
+
+    def checksum(self, key: str) -> str | None:
+        """Return ``sha256:`` and a file's SHA-256, None where there is no such file."""
+        path = self._root / key
+        try:
+            return file_checksum(path) if path.is_file() else None
+        except OSError as error:
+            raise self._unreadable(key, error) from error
+
+    def zarr_store(self) -> Path:
+        """Return what zarr opens these files by."""
+        return self._root
 
     def zarr_array(self, path: str) -> zarr.Array[Any]:
         """Open an array with zarr itself."""

@@ -7,6 +7,7 @@ from typing import Any
 from rayvaec.data.manifest import Manifest
 from rayvaec.data.names import listing
 from rayvaec.data.store import Store
+from rayvaec.location import Url
 
 
 def describe_store(store: Store) -> str:
@@ -33,7 +34,7 @@ def describe_store(store: Store) -> str:
         batches = f"{registry.n_batches:,} in {registry.batch_key}: {listing(registry.batches)}"
         rows.append(("batches", batches))
     rows += [
-        ("on disk", _on_disk(store)),
+        ("stored", _stored(store)),
         ("written", f"{manifest.created} by rayvaec {manifest.rayvaec_version}"),
     ]
     rows += [("from", _source(source)) for source in manifest.sources[:10]]
@@ -76,13 +77,13 @@ def _labels(manifest: Manifest) -> str:
     return f"{manifest.registry.n_labels:,} in {manifest.registry.labels_key}: {named}"
 
 
-def _on_disk(store: Store) -> str:
+def _stored(store: Store) -> str:
+    partitions = store.manifest.partitions
+    named = f"{len(partitions):,} partition{'s' * (len(partitions) > 1)}"
+    if isinstance(store.path, Url):  # their sizes would take a request each
+        return f"{sum(len(partition.files) for partition in partitions):,} files in {named}"
     n_bytes = sum(path.stat().st_size for path in store.path.rglob("*") if path.is_file())
-    n_partitions = len(store.manifest.partitions)
-    return (
-        f"{_size(n_bytes)} in {n_partitions:,} partition{'s' * (n_partitions > 1)}, "
-        f"{n_bytes / max(store.n_cells, 1):,.0f} bytes a cell"
-    )
+    return f"{_size(n_bytes)} in {named}, {n_bytes / max(store.n_cells, 1):,.0f} bytes a cell"
 
 
 def _source(source: dict[str, Any]) -> str:

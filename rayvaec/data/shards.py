@@ -21,8 +21,8 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from rayvaec.data.blobs import Blobs
-from rayvaec.data.decode import decode_chunks
+from rayvaec.data.blobs import Blobs, ByteRange
+from rayvaec.data.decode import checked, decode_chunks
 from rayvaec.data.layout import Layout
 from rayvaec.errors import StoreError
 
@@ -67,6 +67,9 @@ class Vector(Protocol):
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Return a range as a new array; errors as in `read_into`."""
+
+    def files(self, start: int, stop: int) -> list[ByteRange]:
+        """Return the parts of files that `read_into` will read, as far as they are known."""
 
 
 def _scratch(n: int) -> NDArray[np.uint8]:
@@ -141,6 +144,21 @@ class ShardedVector:
             at = end
         return start - first * chunk
 
+    def files(self, start: int, stop: int) -> list[ByteRange]:
+        """Return the parts of files that `read_into` will read."""
+        chunk, found = self._layout.chunk, []
+        first, last = start // chunk, -(-stop // chunk) if stop > start else start // chunk
+        while first < last:
+            shard, at = divmod(first, self._chunks_per_shard)
+            n = min(last - first, self._chunks_per_shard - at)
+            places = self._index(shard)[at : at + n]
+            places = places[places[:, 0] != _ABSENT]
+            found += [
+                (self._key(shard), begin, begin + length) for begin, length in places.tolist()
+            ]
+            first += n
+        return _joined(found)
+
     def _read_chunks(self, shard: int, first: int, n: int, out: NDArray[Any]) -> None:
         """Decode `n` chunks of one shard to the start of `out`, neighbours with one read."""
         places = self._index(shard)[first : first + n]
@@ -164,23 +182,16 @@ class ShardedVector:
 
     def _decode(self, run: NDArray[np.uint8], places: NDArray[np.uint64], out: NDArray[Any]) -> int:
         """Decode neighbouring chunks; return the first that is damaged, or -1."""
-        begins = places[:, 0].view(np.int64) - int(places[0, 0])
-        lengths = places[:, 1].view(np.int64)
-        if self._layout.crc:
-            lengths = lengths - 4
-            for k, (begin, length) in enumerate(
-                zip(begins.tolist(), lengths.tolist(), strict=True)
-            ):
-                checksum = int.from_bytes(run[begin + length : begin + length + 4], "little")
-                if length < 0 or google_crc32c.value(run[begin : begin + length]) != checksum:
-                    return k
+        crc, size = self._layout.crc, self._chunk_bytes
         if self._layout.blosc:
-            return decode_chunks(run, begins, lengths, out.view(np.uint8), self._chunk_bytes)
-        wrong = np.flatnonzero(lengths != self._chunk_bytes)
-        if wrong.size:
-            return int(wrong[0])
-        for k, begin in enumerate(begins.tolist()):
-            chunk = run[begin : begin + self._chunk_bytes]
+            return decode_chunks(run, places.view(np.int64), out.view(np.uint8), size, crc)
+        first = int(places[0, 0])
+        for k, (begin, length) in enumerate(places.tolist()):
+            chunk: NDArray[np.uint8] | None = run[begin - first : begin - first + length]
+            if crc:
+                chunk = checked(chunk)
+            if chunk is None or len(chunk) != size:
+                return k
             out[k * self._layout.chunk : (k + 1) * self._layout.chunk].view(np.uint8)[:] = chunk
         return -1
 
@@ -224,6 +235,16 @@ class ShardedVector:
         )
 
 
+def _joined(ranges: list[ByteRange]) -> list[ByteRange]:
+    """Join neighbours, as `ShardedVector` reads them."""
+    joined: list[ByteRange] = []
+    for key, start, stop in ranges:
+        if joined and joined[-1][0] == key and joined[-1][2] == start:
+            start = joined.pop()[1]
+        joined.append((key, start, stop))
+    return joined
+
+
 class ZarrVector:
     """Any 1-d array, read by zarr itself.
 
@@ -264,6 +285,10 @@ class ZarrVector:
         except (OSError, ValueError, RuntimeError) as error:
             raise self._unreadable(error) from error
 
+    def files(self, start: int, stop: int) -> list[ByteRange]:
+        """Return nothing: zarr reads on its own."""
+        return []
+
     def _unreadable(self, error: Exception) -> StoreError:
         return StoreError(
             f"the array {self._where} cannot be read ({error})", "copy the store again"
@@ -299,6 +324,8 @@ def open_vector(blobs: Blobs, path: str, required: Collection[str] = ()) -> Vect
     key = f"{path}/zarr.json"
     text = blobs.text(key)
     if text is None:
+        if blobs.text(f"{path}/.zarray") is not None:  # Zarr v2
+            return ZarrVector(blobs, path)
         raise StoreError(f"the file {blobs.locate(key)} is missing", "copy the store again")
     try:
         metadata = json.loads(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,14 +12,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayvaec.data.blobs import Blobs, LocalBlobs
-from rayvaec.data.checksums import file_checksum
+from rayvaec.data.blobs import Blobs
 from rayvaec.data.manifest import Manifest, PartitionInfo
 from rayvaec.data.registry import Registry
+from rayvaec.data.remote import open_blobs
 from rayvaec.data.shards import Vector, ZarrVector, open_vector
 from rayvaec.errors import StoreError
+from rayvaec.location import Location, Url, location
 
 SPLITS = ("train", "validation", "all")
+
+Span = tuple[Vector, int, int]
+"""An array, and a range of its elements."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,17 @@ class Partition:
             return None
         return self._vector(f"obs/{self._registry.batch_key}/codes", self.info.n_cells)
 
+    def annotation_spans(self, start: int, stop: int) -> list[Span]:
+        """Return what is read of a range of cells first: offsets and codes."""
+        spans: list[Span] = [(self.indptr, start, stop + 1), (self.labels, start, stop)]
+        if self.batches is not None:
+            spans.append((self.batches, start, stop))
+        return spans
+
+    def value_spans(self, begin: int, end: int) -> list[Span]:
+        """Return what is read of a range of stored values."""
+        return [(self.counts, begin, end), (self.indices, begin, end)]
+
     def names(self, start: int, stop: int) -> list[str]:
         """Return the names of a range of cells."""
         vector = ZarrVector(self._blobs, f"{self.info.name}/obs/_index")
@@ -115,7 +130,7 @@ class Store:
 
     Parameters
     ----------
-    path : Path
+    path : Path or Url
         Where it lies.
     manifest : Manifest
         What it holds.
@@ -123,9 +138,10 @@ class Store:
         Its files.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, blobs: Blobs) -> None:
+    def __init__(self, path: Location, manifest: Manifest, blobs: Blobs) -> None:
         self.path = path
         self.manifest = manifest
+        self._blobs = blobs
         self.partitions = [
             Partition(blobs, info, manifest.registry) for info in manifest.partitions
         ]
@@ -219,9 +235,9 @@ class Store:
         StoreError
             If a file is missing, cut short or damaged (it is named), or there are no such rows.
         """
-        parts = [_read(*piece) for piece in self.pieces(start, stop)]
+        parts = [self._read(*piece) for piece in self.pieces(start, stop)]
         if not parts:
-            parts = [_read(self.partitions[0], 0, 0)]
+            parts = [self._read(self.partitions[0], 0, 0)]
         if len(parts) == 1:
             return parts[0]
         offsets = np.cumsum([0] + [part.indptr[-1] for part in parts])
@@ -243,6 +259,41 @@ class Store:
             for name in partition.names(begin, end)
         ]
 
+    def fetch(self, spans: Iterable[Span]) -> None:
+        """Read what many spans consist of at once, where that is faster than one by one.
+
+        The calling thread's reads find it in memory until it fetches again.
+
+        Parameters
+        ----------
+        spans : iterable of (Vector, int, int)
+            Arrays of this store's partitions, each with a range; not looked at where reading is
+            fast anyway.
+
+        Raises
+        ------
+        StoreError
+            If a file is missing, cut short or damaged; the message names it.
+        """
+        if not self._blobs.is_local:
+            self._blobs.fetch(part for vector, *span in spans for part in vector.files(*span))
+
+    def _read(self, partition: Partition, start: int, stop: int) -> Rows:
+        self.fetch(partition.annotation_spans(start, stop))
+        offsets = partition.indptr.read(start, stop + 1)
+        begin, end = int(offsets[0]), int(offsets[-1])
+        batches = partition.batches
+        labels = partition.labels.read(start, stop).astype(np.int32)
+        batch_codes = None if batches is None else batches.read(start, stop).astype(np.int32)
+        self.fetch(partition.value_spans(begin, end))
+        return Rows(
+            indptr=offsets - begin,
+            indices=partition.indices.read(begin, end),
+            counts=partition.counts.read(begin, end),
+            labels=labels,
+            batches=batch_codes,
+        )
+
     def verify(self) -> None:
         """Compare every file of every partition with its checksum.
 
@@ -254,9 +305,10 @@ class Store:
         for partition in self.partitions:
             for path, checksum in partition.info.files.items():
                 file = self.path / partition.info.name / path
-                if not file.is_file():
+                found = self._blobs.checksum(f"{partition.info.name}/{path}")
+                if found is None:
                     raise StoreError(f"the file {file} is missing", "copy the store again")
-                if file_checksum(file) != checksum:
+                if found != checksum:
                     raise StoreError(
                         f"the file {file} does not match its checksum: it was changed, damaged or "
                         "cut short",
@@ -265,26 +317,13 @@ class Store:
                     )
 
 
-def _read(partition: Partition, start: int, stop: int) -> Rows:
-    offsets = partition.indptr.read(start, stop + 1)
-    begin, end = int(offsets[0]), int(offsets[-1])
-    batches = partition.batches
-    return Rows(
-        indptr=offsets - begin,
-        indices=partition.indices.read(begin, end),
-        counts=partition.counts.read(begin, end),
-        labels=partition.labels.read(start, stop).astype(np.int32),
-        batches=None if batches is None else batches.read(start, stop).astype(np.int32),
-    )
-
-
-def open_store(path: Path | str) -> Store:
+def open_store(path: Path | str | Url) -> Store:
     """Open a store.
 
     Parameters
     ----------
-    path : Path or str
-        Folder that `rayvaec prepare` wrote.
+    path : Path, str or Url
+        Folder that `rayvaec prepare` wrote, or a URL (``s3://``, ``gs://``, ``https://``) of one.
 
     Returns
     -------
@@ -293,36 +332,50 @@ def open_store(path: Path | str) -> Store:
     Raises
     ------
     StoreError
-        If there is nothing, something else, or an unfinished, damaged or newer store.
+        If there is nothing, something else, or an unfinished, damaged or newer store, or it
+        cannot be reached.
+    ConfigError
+        If a URL is of an unknown kind, or the extra ``remote`` is not installed.
     """
-    path = Path(path).absolute()
-    prepare = "rayvaec prepare INPUT... --out"
+    where = location(path)
+    if isinstance(where, Path):
+        where = where.absolute()
+        _check_folder(where)
+    blobs = open_blobs(where)
+    text = blobs.text("zarr.json")
+    if text is None and isinstance(where, Url):
+        raise StoreError(f"there is no store at {where}: it has no zarr.json", "correct the URL")
+    attributes = _attributes(where, text)
+    if "rayvaec" in attributes:
+        return Store(where, Manifest.from_json(attributes["rayvaec"], str(where)), blobs)
+    if any(where.glob("dataset_*") if isinstance(where, Path) else ()):
+        raise StoreError(
+            f"the store {where} is unfinished: it has no manifest",
+            f"write it again with `{_PREPARE} {where} --labels-key KEY --overwrite`",
+        )
+    raise StoreError(
+        f"{where} is not a store that rayvaec wrote",
+        f"write one with `{_PREPARE} STORE --labels-key KEY`",
+    )
+
+
+_PREPARE = "rayvaec prepare INPUT... --out"
+
+
+def _check_folder(path: Path) -> None:
     if not path.exists():
         raise StoreError(
             f"there is no store at {path}",
-            f"correct the path, or write one with `{prepare} {path} --labels-key KEY`",
+            f"correct the path, or write one with `{_PREPARE} {path} --labels-key KEY`",
         )
     if not path.is_dir():
         raise StoreError(
             f"{path} is a file and not a store",
             f"make a store of it with `rayvaec prepare {path} --out STORE --labels-key KEY`",
         )
-    blobs = LocalBlobs(path)
-    attributes = _attributes(path, blobs.text("zarr.json"))
-    if "rayvaec" in attributes:
-        return Store(path, Manifest.from_json(attributes["rayvaec"], str(path)), blobs)
-    if any(path.glob("dataset_*")):
-        raise StoreError(
-            f"the store {path} is unfinished: it has no manifest",
-            f"write it again with `{prepare} {path} --labels-key KEY --overwrite`",
-        )
-    raise StoreError(
-        f"{path} is not a store that rayvaec wrote",
-        f"write one with `{prepare} STORE --labels-key KEY`",
-    )
 
 
-def _attributes(path: Path, text: str | None) -> dict[str, Any]:
+def _attributes(path: Location, text: str | None) -> dict[str, Any]:
     """Return the group attributes in a store's ``zarr.json``; none where there is no such file."""
     if text is None:
         return {}

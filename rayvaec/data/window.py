@@ -138,11 +138,15 @@ def load_window(
     StoreError
         If a file is missing, cut short or damaged; the message names it.
     """
+    places = [place for run in runs for place in store.pieces(*run)]
+    store.fetch(span for p, start, stop in places for span in p.annotation_spans(start, stop))
     pieces = [
         _Piece(partition, start, stop, partition.indptr.read(start, stop + 1))
-        for run in runs
-        for partition, start, stop in store.pieces(*run)
+        for partition, start, stop in places
     ]
+    labels = _codes([p.partition.labels.read(p.start, p.stop) for p in pieces])
+    batches = _batches(pieces)
+    store.fetch(span for p in pieces for span in p.partition.value_spans(*p.values))
     buffers.reserve(
         sum(piece.partition.counts.span(*piece.values) for piece in pieces),
         sum(piece.partition.indices.span(*piece.values) for piece in pieces),
@@ -150,14 +154,13 @@ def load_window(
     counts_at = _decode([(p.partition.counts, p) for p in pieces], buffers.counts)
     indices_at = _decode([(p.partition.indices, p) for p in pieces], buffers.indices)
     lengths = np.concatenate([np.diff(piece.offsets) for piece in pieces])
-    batches = _batches(pieces)
     return Window(
         *line,
         buffers=buffers,
         counts_at=counts_at[order].view(np.uint64),
         indices_at=indices_at[order].view(np.uint64),
         lengths=lengths[order].view(np.uint64),
-        labels=_codes([p.partition.labels.read(p.start, p.stop) for p in pieces])[order],
+        labels=labels[order],
         batches=None if batches is None else batches[order],
         cells=np.concatenate([np.arange(*run) for run in runs])[order],
     )

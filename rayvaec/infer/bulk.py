@@ -37,6 +37,7 @@ from rayvaec.infer.quantities import (
 from rayvaec.infer.regions import RegionWorker, Work
 from rayvaec.infer.store_cells import StoreCells
 from rayvaec.infer.trained import TrainedModel, check_draws, load_model
+from rayvaec.location import location
 from rayvaec.progress import Progress
 from rayvaec.runtime import check_cpus, check_gpus, check_job_paths, check_seen, ray_session
 
@@ -64,7 +65,7 @@ def sample_store(
     Parameters
     ----------
     model_path, store_path : str or Path
-        A saved model, and a store that has the model's genes and labels.
+        A saved model, and a store (path or URL) that has the model's genes and labels.
     out : str or Path
         AnnData Zarr to write: layers ``sample_0``, ``sample_1``, ... of int32 counts, [n_cells,
         n_genes] in CSR, equal to those of `TrainedModel.sample` on the same cells.
@@ -162,10 +163,10 @@ def _run(
 ) -> None:
     if num_workers < 1:
         raise ConfigError(f"num_workers={num_workers} does nothing", "give a whole number >= 1")
-    inputs, out = [Path(model_path), Path(store_path)], Path(out)
-    check_job_paths([*inputs, out])
+    where, out = location(store_path), Path(out)
+    check_job_paths([Path(model_path), out], [where])
     check_free(out, overwrite)
-    model, store = load_model(model_path), open_store(store_path)
+    model, store = load_model(model_path), open_store(where)
     cells = StoreCells(store, model.registry)
     if cells.extra_genes:
         logger.info(
@@ -175,7 +176,7 @@ def _run(
     with ray_session():
         check_cpus(num_workers, f"{num_workers} workers")
         check_gpus(num_workers * use_gpu, f"{num_workers} workers")
-        check_seen(inputs, [out])
+        check_seen([Path(model_path), where], [out])
         region = _region_rows(quantity, model, store)
         ledger = _begin(quantity, model, store, out.absolute(), region, use_gpu)
         work = Work(

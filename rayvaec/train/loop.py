@@ -26,6 +26,7 @@ from rayvaec.data.loader import Loader, Minibatch
 from rayvaec.data.names import listing
 from rayvaec.data.store import open_store
 from rayvaec.errors import RayvaecError
+from rayvaec.location import Location
 from rayvaec.train.artefacts import save_best, save_last
 from rayvaec.train.checkpoint import RunState, checkpoint_name, read_checkpoint, write_checkpoint
 from rayvaec.train.config import TrainConfig
@@ -62,7 +63,7 @@ class Task:
 
     Parameters
     ----------
-    store : Path
+    store : Path or Url
         The training store.
     run : Path
         The run folder; exists.
@@ -70,7 +71,7 @@ class Task:
         How to train.
     """
 
-    store: Path
+    store: Location
     run: Path
     config: TrainConfig
 

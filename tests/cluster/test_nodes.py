@@ -68,5 +68,5 @@ def test_a_path_that_a_node_does_not_see_is_refused(tmp_path: Path) -> None:
 
 def test_a_url_is_not_taken_for_a_path() -> None:
     check_job_paths([Path("store"), Path("/a/store"), Path("C:not/a/url"), Path()])
-    with pytest.raises(ConfigError, match=r"^s3://bucket/store is a URL, and this command works"):
+    with pytest.raises(ConfigError, match=r"^s3://bucket/store is a URL, and only the store"):
         check_job_paths([Path("s3://bucket/store")])

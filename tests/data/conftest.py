@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
+from threading import Lock, Thread
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import anndata
+import httpx
 import numpy as np
 import pandas as pd
 import pytest
@@ -157,3 +164,141 @@ def random_store(tmp_path_factory: pytest.TempPathFactory) -> RandomStore:
     return write_random_store(
         path, n_cells=2345, n_partitions=3, n_train=2100, n_batches=2, rows_per_chunk=1
     )
+
+
+class FileServer:
+    """Files of a folder over HTTP on loopback, with the faults that it is told to show.
+
+    Attributes
+    ----------
+    faults : list of str
+        What to do with the next requests, first to last: ``"503"`` or another status, ``"drop"``
+        (hang up), ``"cut"`` (hang up halfway through the body).
+    requests : list of str
+        The paths that were asked for.
+    etags, ranges : bool
+        Whether answers carry an ETag, and whether parts of files can be asked for.
+    delay : float
+        Seconds that a request takes.
+    most_at_once : int
+        The most requests that were being answered at the same time.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.faults: list[str] = []
+        self.requests: list[str] = []
+        self.etags = self.ranges = True
+        self.delay, self.at_once, self.most_at_once = 0.0, 0, 0
+        server, counting = self, Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: object) -> None: ...
+
+            def do_GET(self) -> None:
+                with counting:
+                    server.requests.append(self.path)
+                    server.at_once += 1
+                    server.most_at_once = max(server.most_at_once, server.at_once)
+                time.sleep(server.delay)
+                try:
+                    self._serve()
+                finally:
+                    with counting:
+                        server.at_once -= 1
+
+            def _serve(self) -> None:
+                fault = server.faults.pop(0) if server.faults else ""
+                file = root / unquote(self.path).lstrip("/")
+                if fault == "drop":
+                    self.close_connection = True
+                elif fault.isdigit() or not file.is_file():
+                    self._answer(int(fault or 404), b"")
+                else:
+                    self._file(file.read_bytes(), fault == "cut")
+
+            def do_HEAD(self) -> None:
+                self.do_GET()
+
+            def _file(self, content: bytes, cut: bool) -> None:
+                span = re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+                if span is None or not server.ranges:
+                    self._answer(200, content, cut)
+                    return
+                start, end = int(span[1]), min(int(span[2]) + 1, len(content))
+                if start >= len(content):
+                    self._answer(416, b"")
+                else:
+                    place = f"bytes {start}-{end - 1}/{len(content)}"
+                    self._answer(206, content[start:end], cut, **{"Content-Range": place})
+
+            def _answer(self, status: int, body: bytes, cut: bool = False, **headers: str) -> None:
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
+                if server.etags:
+                    self.send_header("ETag", '"1"')
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body[: len(body) // 2] if cut else body)
+                if cut:
+                    self.close_connection = True
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+
+@pytest.fixture
+def serve_files() -> Iterator[Callable[[Path], FileServer]]:
+    """Return a function that serves a folder over HTTP until the end of the test."""
+    servers = []
+
+    def serve(root: Path) -> FileServer:
+        server = FileServer(root)
+        servers.append(server.server)
+        Thread(target=server.server.serve_forever, args=(0.02,), daemon=True).start()
+        return server
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[str]:
+    """The address of an S3 server on loopback."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(object_store: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, str], str]:
+    """Return a function that copies a folder into a bucket and returns its URL."""
+    for name, value in {
+        "AWS_ENDPOINT_URL": object_store,
+        "AWS_ACCESS_KEY_ID": "AKIAEXAMPLE",
+        "AWS_SECRET_ACCESS_KEY": "example-secret",
+        "AWS_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+
+    def upload(folder: Path, name: str) -> str:
+        with httpx.Client(base_url=object_store, timeout=60) as client:
+            client.put("/atlases").raise_for_status()
+            for file in folder.rglob("*"):
+                if file.is_file():
+                    key = f"/atlases/{name}/{file.relative_to(folder)}"
+                    client.put(key, content=file.read_bytes()).raise_for_status()
+        return f"s3://atlases/{name}"
+
+    return upload

@@ -19,7 +19,7 @@ def test_a_store_is_described(write_input, counts, tmp_path):
         f"  counts   {counts.sum():,}: {counts.mean() * 12:,.0f} a cell, {zeros:.1%} zeros",
         "  labels   3 in cell_type: type 0 (10), type 1 (10), type 2 (10)",
         "  batches  2 in donor: x, y",
-        f"  on disk  {n_bytes / 1000:.3g} kB in 1 partition, {n_bytes / 30:,.0f} bytes a cell",
+        f"  stored   {n_bytes / 1000:.3g} kB in 1 partition, {n_bytes / 30:,.0f} bytes a cell",
         f"  written  {manifest.created} by rayvaec {manifest.rayvaec_version}",
         f"  from     {path} (30 cells, 12 genes, layer counts)",
     ]
