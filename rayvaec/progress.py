@@ -25,15 +25,19 @@ class Progress:
         What is being done, such as ``"checking counts"``.
     every : float
         Seconds between two log lines where there is no terminal.
+    done : int
+        Units that were done before; they do not count for the speed.
     """
 
-    def __init__(self, total: int, unit: str, task: str, every: float = 10.0) -> None:
+    def __init__(
+        self, total: int, unit: str, task: str, every: float = 10.0, done: int = 0
+    ) -> None:
         self._total, self._unit, self._task, self._every = total, unit, task, every
-        self._done, self._started = 0, time.monotonic()
-        self._last_line, self._logged = self._started, 0
+        self._done, self._before, self._started = done, done, time.monotonic()
+        self._last_line, self._logged = self._started, done
         self._note = ""
         self._bar = (
-            tqdm(total=total, unit=f" {unit}", desc=task, unit_scale=True)
+            tqdm(total=total, initial=done, unit=f" {unit}", desc=task, unit_scale=True)
             if sys.stderr.isatty()
             else None
         )
@@ -51,11 +55,11 @@ class Progress:
 
     def _log(self) -> None:
         self._last_line, self._logged = time.monotonic(), self._done
-        rate = self._done / max(self._last_line - self._started, 1e-9)
+        rate = (self._done - self._before) / max(self._last_line - self._started, 1e-9)
         left = (self._total - self._done) / max(rate, 1e-9)
         logger.info(
-            "%s: %d of %d %s, %.0f/s, %.0f s left%s",
-            *(self._task, self._done, self._total, self._unit, rate, left),
+            "%s: %d of %d %s, %.0f/s, %s left%s",
+            *(self._task, self._done, self._total, self._unit, rate, _duration(left)),
             f", {self._note}" if self._note else "",
         )
 
@@ -67,3 +71,11 @@ class Progress:
             self._bar.close()
         elif self._done > self._logged:
             self._log()
+
+
+def _duration(seconds: float) -> str:
+    """Say how long something takes, to two digits or so."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

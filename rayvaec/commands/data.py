@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rayvaec.commands.options import Verbs, add_out
-from rayvaec.errors import StoreError
+from rayvaec.errors import ConfigError, StoreError
 from rayvaec.location import Url, location
+
+if TYPE_CHECKING:
+    from rayvaec.data.prepare_config import PrepareConfig
 
 
 def add_simulate(verbs: Verbs) -> None:
@@ -41,7 +45,9 @@ def add_prepare(verbs: Verbs) -> None:
     verb = verbs.add_parser("prepare", help="turn AnnData files into a shuffled training store")
     verb.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help=".h5ad or .zarr")
     add_out(verb, "STORE", "folder to write")
-    verb.add_argument("--labels-key", required=True, metavar="KEY", help="obs column of labels")
+    verb.add_argument(
+        "--labels-key", metavar="KEY", help="obs column of labels; needed for a new store"
+    )
     verb.add_argument("--batch-key", metavar="KEY", help="obs column of batches")
     verb.add_argument("--layer", help="layer that holds the raw counts (default: X)")
     verb.add_argument(
@@ -53,33 +59,87 @@ def add_prepare(verbs: Verbs) -> None:
         "--n-top-genes", type=int, metavar="N", help="keep the N genes that vary most (seurat_v3)"
     )
     verb.add_argument("--drop-empty", action="store_true", help="leave out cells without counts")
-    verb.add_argument("--val-fraction", type=float, default=0.1, help="cells kept for validation")
-    verb.add_argument("--seed", type=int, default=0, help="seed of the shuffle")
+    verb.add_argument("--val-fraction", type=float, help="cells kept for validation (default: 0.1)")
+    verb.add_argument("--seed", type=int, help="seed of the shuffle (default: 0)")
     verb.add_argument("--num-workers", type=int, default=1, help="Ray tasks that write partitions")
-    verb.add_argument("--codec", choices=("lz4", "zstd"), default="lz4", help="fast or small")
+    verb.add_argument("--codec", choices=("lz4", "zstd"), help="fast or small (default: lz4)")
+    verb.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="most that all processes together may take, such as 4G (default: a quarter of the "
+        "machine's)",
+    )
+    verb.add_argument(
+        "--resume", action="store_true", help="go on where an interrupted prepare stopped"
+    )
+    verb.add_argument(
+        "--append",
+        action="store_true",
+        help="add the cells to the existing STORE, written as it was: same genes, codec, seed",
+    )
+    verb.add_argument(
+        "--new-labels", action="store_true", help="with --append: labels may be new to the STORE"
+    )
     verb.set_defaults(run=_prepare)
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from rayvaec.data.build import PrepareConfig, prepare
+    from rayvaec.data.build import prepare
     from rayvaec.data.describe import describe_store
     from rayvaec.data.store import open_store
 
-    config = PrepareConfig(
-        labels_key=arguments.labels_key,
-        batch_key=arguments.batch_key,
-        layer=arguments.layer,
-        genes=arguments.genes,
-        n_top_genes=arguments.n_top_genes,
-        drop_empty=arguments.drop_empty,
-        val_fraction=arguments.val_fraction,
-        seed=arguments.seed,
-        num_workers=arguments.num_workers,
-        codec=arguments.codec,
+    prepare(
+        arguments.inputs,
+        arguments.out,
+        _append_config(arguments) if arguments.append else _prepare_config(arguments),
+        overwrite=arguments.overwrite,
+        resume=arguments.resume,
+        append=arguments.append,
     )
-    prepare(arguments.inputs, arguments.out, config, overwrite=arguments.overwrite)
     print(describe_store(open_store(arguments.out)))
     print(f"next: rayvaec train {arguments.out} --out RUN")
+
+
+def _prepare_config(arguments: argparse.Namespace) -> PrepareConfig:
+    """Return what the options say, and the configuration's own defaults for the others."""
+    from rayvaec.data.prepare_config import PrepareConfig
+
+    if arguments.labels_key is None:
+        raise ConfigError("--labels-key is missing", "name the obs column of cell types")
+    if arguments.new_labels:
+        raise ConfigError("--new-labels is given without --append", "leave it out")
+    names = (
+        *("labels_key", "batch_key", "layer", "genes", "n_top_genes", "drop_empty"),
+        *("val_fraction", "seed", "num_workers", "codec"),
+    )
+    given = {name: getattr(arguments, name) for name in names}
+    values = {name: value for name, value in given.items() if value is not None}
+    return PrepareConfig(**values, memory=_memory(arguments))
+
+
+def _append_config(arguments: argparse.Namespace) -> PrepareConfig:
+    """Return how the store was written, with what may differ for the new cells."""
+    from rayvaec.data.append import append_config
+
+    for name in ("n_top_genes", "val_fraction", "seed", "codec"):
+        if getattr(arguments, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option} is given with --append", "leave it out: the store has it")
+    names = (
+        *("labels_key", "batch_key", "layer", "genes", "drop_empty", "new_labels"),
+        "num_workers",
+    )
+    return append_config(
+        arguments.out,
+        **{name: getattr(arguments, name) for name in names},
+        memory=_memory(arguments),
+    )
+
+
+def _memory(arguments: argparse.Namespace) -> int | None:
+    from rayvaec.data.budget import parse_bytes
+
+    return None if arguments.memory is None else parse_bytes(arguments.memory)
 
 
 def add_inspect(verbs: Verbs) -> None:

@@ -1,18 +1,20 @@
 """`prepare`: any AnnData files -> one shuffled, sharded store, in bounded memory.
 
-The first pass reads everything and checks it (`rayvaec.data.survey`); only then is anything
-written. The second deals the cells, in the order of a seeded permutation, to one scratch file per
-partition (`rayvaec.data.scatter`); each partition is then put in order and written on its own
+The first pass reads everything and checks it (`rayvaec.data.survey`); only then are cells written.
+The second deals them, in the order of a seeded permutation, to one scratch file per partition
+(`rayvaec.data.scatter`); each partition is then put in order and written on its own
 (`rayvaec.data.partition`), by several Ray tasks if wanted. The manifest comes last.
+
+Everything is written in a folder beside the output, where each step is noted when it is done
+(`rayvaec.data.workspace`), by one process at a time (`rayvaec.data.lock`).
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,108 +24,62 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayvaec import __version__
-from rayvaec.data.cell_names import UniqueNames
-from rayvaec.data.elements import check_codec
+from rayvaec.data.append import (
+    OldStore,
+    appended_names,
+    check_counts,
+    joined,
+    publish_appended,
+    read_old,
+)
+from rayvaec.data.budget import Budget, plan_memory
+from rayvaec.data.dealing import PartitionPlan, deal, plan_partitions, shuffled_positions
 from rayvaec.data.inputs import Input
+from rayvaec.data.lock import WriteLock
 from rayvaec.data.manifest import Manifest, PartitionInfo
 from rayvaec.data.names import listing
 from rayvaec.data.partition import CountsDtypes, write_manifest
 from rayvaec.data.partition_jobs import PartitionJob, write_partitions
-from rayvaec.data.scatter import Scatter
-from rayvaec.data.survey import Survey, aligned_blocks, read_names, survey
+from rayvaec.data.plan import work_plan
+from rayvaec.data.prepare_config import PrepareConfig
+from rayvaec.data.survey import Names, Survey, read_names, survey
 from rayvaec.data.variable_genes import FLAVOUR, most_variable
+from rayvaec.data.workspace import Workspace, working
 from rayvaec.errors import ConfigError, CountsError, StoreError
-from rayvaec.files import check_free, remove, whole_output
-from rayvaec.progress import Progress
+from rayvaec.files import check_free, remove
 from rayvaec.runtime import check_cpus, check_job_paths, check_seen, ray_session
 
 logger = logging.getLogger("rayvaec")
 
+__all__ = ["PrepareConfig", "prepare"]
+
+NO_HASHES = np.empty(0, np.uint64)
+
 
 @dataclass(frozen=True)
-class PrepareConfig:
-    """What `prepare` does with its inputs.
+class _Task:
+    """One call of `prepare`: what is read, how, and where it is written."""
 
-    Parameters
-    ----------
-    labels_key : str
-        Column of obs with the cell types.
-    batch_key : str, optional
-        Column of obs with the experimental batches, where these are to be modelled.
-    layer : str, optional
-        Layer with the counts; X by default, ``"raw"`` for `AnnData.raw`.
-    genes : {"intersect", "union"} or path, optional
-        Genes that all inputs have; genes that any has, zero where absent; those that a file
-        names, one a line. By default all inputs must have the same genes.
-    drop_empty : bool
-        Whether to leave out cells without any counts, which otherwise are an error.
-    val_fraction : float
-        Part of the cells to hold out for validation.
-    seed : int
-        Seed of the shuffle.
-    codec : {"lz4", "zstd"}
-        lz4 reads fastest; zstd takes less room.
-    rows_per_chunk : int, optional
-        About how many cells to compress together.
-    num_workers : int
-        How many partitions to write at once, as Ray tasks where more than one.
-    block_elements, partition_elements : int
-        How many stored values to hold while reading, and to give a partition: what bounds the
-        memory. The second shapes the store; nothing else here but seed and data does.
-
-    Raises
-    ------
-    ConfigError
-        If a value cannot be used.
-    """
-
-    labels_key: str
-    batch_key: str | None = None
-    layer: str | None = None
-    genes: str | Path | None = None
-    n_top_genes: int | None = None
-    drop_empty: bool = False
-    val_fraction: float = 0.1
-    seed: int = 0
-    codec: str = "lz4"
-    rows_per_chunk: int | None = None
-    num_workers: int = 1
-    block_elements: int = 4_000_000
-    partition_elements: int = 64_000_000
-
-    def __post_init__(self) -> None:
-        check_codec(self.codec)
-        if self.batch_key == self.labels_key:
-            raise ConfigError(
-                f"labels and batches are both read from obs column {self.labels_key!r}",
-                "give another --batch-key or none",
-            )
-        if not 0 <= self.val_fraction < 1:
-            raise ConfigError(
-                f"--val-fraction is {self.val_fraction}", "use a number from 0 to below 1"
-            )
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"--seed is {self.seed}", "use a number from 0 to 2**63 - 1")
-        for name in (
-            "n_top_genes",
-            "rows_per_chunk",
-            "num_workers",
-            "block_elements",
-            "partition_elements",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                option = name.replace("_", "-")
-                raise ConfigError(f"--{option} is {value}", "use 1 or more")
+    sources: list[Input]
+    config: PrepareConfig
+    budget: Budget
+    work: Workspace
+    old: OldStore | None
 
 
 def prepare(
-    inputs: Sequence[Path], out: Path, config: PrepareConfig, *, overwrite: bool = False
+    inputs: Sequence[Path],
+    out: Path,
+    config: PrepareConfig,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    append: bool = False,
 ) -> Manifest:
-    """Write a store from AnnData files.
+    """Write a store from AnnData files, or append their cells to one.
 
-    The result depends on the inputs' content and order and on the seed alone. Memory is bounded
-    by the config's element counts, plus some 50 bytes a cell.
+    The result depends on the inputs' content and order and on what the config calls shaping. Peak
+    memory stays within the config's budget.
 
     Parameters
     ----------
@@ -132,9 +88,13 @@ def prepare(
     out : Path
         Folder of the store.
     config : PrepareConfig
-        What to do.
+        What to do; to append, what `rayvaec.data.append.append_config` gives.
     overwrite : bool
-        Whether an existing `out` may be replaced.
+        Whether an existing `out`, and unfinished work on it, may be replaced.
+    resume : bool
+        Whether to go on with unfinished work; without any, it begins.
+    append : bool
+        Whether `out` is a store that shall get the inputs' cells as new partitions.
 
     Returns
     -------
@@ -146,73 +106,39 @@ def prepare(
     CountsError
         If an input cannot be trained on; nothing is written then.
     ConfigError
-        If there is no input, or Ray has fewer CPUs than workers.
+        If there is no input, too little memory, Ray has fewer CPUs than workers, or unfinished
+        work to go on with was another.
     StoreError
-        If `out` exists and `overwrite` is false, is one of the inputs, or has too little room.
+        If `out` exists and may not be replaced, is one of the inputs, is being written, or has too
+        little room; or if there is unfinished work and nothing says what to do with it.
     """
     check_job_paths([*inputs, out])
-    _check_paths(inputs, out)
-    check_free(out, overwrite)
-    _remove_abandoned(out)
-    with ExitStack() as stack:
+    _check_inputs(inputs, out)
+    out = out.absolute()
+    if not append and not (resume and Workspace(out).read("manifest")):
+        check_free(out, overwrite)
+    with _folder_for(out), WriteLock(out), ExitStack() as stack:
+        old = read_old(out) if append else None
+        if old is not None and resume and _is_appended(out, old):
+            remove(Workspace(out).folder)
+            return old.manifest
+        sources = [stack.enter_context(Input(path, config.layer)) for path in inputs]
+        n_genes = sum(source.n_genes for source in sources)
+        budget = plan_memory(config, sources, n_genes, old.manifest.n_cells if old else 0)
         if config.num_workers > 1:
             stack.enter_context(ray_session())
             check_cpus(config.num_workers, f"{config.num_workers} workers")
             check_seen(inputs, [out])
-        sources = [stack.enter_context(Input(path, config.layer)) for path in inputs]
-        folder = stack.enter_context(whole_output(out, overwrite)).absolute()
-        scratch = folder / ".scratch"
-        genes, gene_choice = _choose_genes(sources, config, scratch)
-        found = survey(
-            sources,
-            config.labels_key,
-            config.batch_key,
-            genes,
-            config.block_elements,
-            scratch,
-        )
-        kept = _kept_cells(sources, found, config.drop_empty)
-        dtypes = CountsDtypes.smallest(found.max_count, found.registry.n_genes)
-        _check_room(folder, found.nnz, dtypes)
-        n_partitions = min(max(-(-found.nnz // config.partition_elements), 1), len(kept))
-        bounds = np.arange(n_partitions + 1) * len(kept) // n_partitions
-        _deal(sources, found, kept, bounds, dtypes, config, scratch)
-        jobs = [
-            PartitionJob(
-                folder=folder,
-                number=number,
-                scratch=scratch / "partitions" / str(number),
-                registry=found.registry,
-                dtypes=dtypes,
-                codec=config.codec,
-                rows_per_chunk=config.rows_per_chunk,
-            )
-            for number in range(n_partitions)
-        ]
-        partitions = write_partitions(jobs, config.num_workers)
-        remove(scratch)
-        manifest = _manifest(sources, found, kept, partitions, config, gene_choice)
-        write_manifest(folder, manifest)
+        plan = work_plan(inputs, config, old.manifest.hash() if old else None)
+        with working(out, plan, resume=resume, overwrite=overwrite) as work:
+            task = _Task(sources, config, budget, work, old)
+            record = work.read("manifest")
+            manifest = Manifest.from_json(record, str(out)) if record else _write(task)
+            _publish(task, manifest)
     return manifest
 
 
-def _choose_genes(
-    sources: Sequence[Input], config: PrepareConfig, scratch: Path
-) -> tuple[str | Path | tuple[str, ...] | None, dict[str, Any]]:
-    """Return the choice of genes, made already where it depends on the counts, and its record."""
-    if config.n_top_genes is None:
-        return config.genes, {}
-    names = read_names(sources, config.labels_key, config.batch_key, config.genes)
-    genes = most_variable(sources, names, config.n_top_genes, config.block_elements, scratch)
-    return genes, {
-        "flavour": FLAVOUR,
-        "n_top_genes": config.n_top_genes,
-        "n_genes": names.registry.n_genes,
-        "batch_key": config.batch_key,
-    }
-
-
-def _check_paths(inputs: Sequence[Path], out: Path) -> None:
+def _check_inputs(inputs: Sequence[Path], out: Path) -> None:
     if not inputs:
         raise ConfigError("there is no input", "name one or more h5ad or AnnData-Zarr files")
     target, seen = out.resolve(), set[Path]()
@@ -225,31 +151,88 @@ def _check_paths(inputs: Sequence[Path], out: Path) -> None:
         seen.add(source)
 
 
-def _remove_abandoned(out: Path) -> None:
-    """Remove what a process of this machine was writing at `out` when it was killed."""
-    for path in out.parent.glob(f".{out.name}.*.partial"):
-        process = path.name.removeprefix(f".{out.name}.").removesuffix(".partial")
-        if process.isdigit() and not _is_running(int(process)):
-            remove(path)
-
-
-def _is_running(process: int) -> bool:
+@contextmanager
+def _folder_for(out: Path) -> Iterator[None]:
+    """Make the folder that `out` lies in; after an error, remove it if nothing is left in it."""
+    new_folders = [folder for folder in out.parents if not folder.exists()]
+    out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        yield
+    except BaseException:
+        with suppress(OSError):  # unfinished work, or what somebody else has put there
+            for folder in new_folders:
+                folder.rmdir()
+        raise
 
 
-def _check_room(folder: Path, nnz: int, dtypes: CountsDtypes) -> None:
+def _is_appended(out: Path, old: OldStore) -> bool:
+    """Return whether an interrupted process had nothing left to do but to tidy up."""
+    record = Workspace(out).read("manifest")
+    return record is not None and Manifest.from_json(record, str(out)).hash() == old.manifest.hash()
+
+
+def _write(task: _Task) -> Manifest:
+    """Write all partitions into the workspace, and note the manifest there."""
+    sources, config, work, old = task.sources, task.config, task.work, task.old
+    if old is not None:
+        old.remove_strays()
+    names, gene_choice = _names(task)
+    found = survey(sources, names, task.budget.block_elements, work)
+    kept = _kept_cells(sources, found, config.drop_empty)
+    dtypes = CountsDtypes.smallest(found.max_count, found.registry.n_genes)
+    if old is not None:
+        dtypes = check_counts(old, found.max_count)
+    plan = plan_partitions(len(kept), found.nnz, dtypes, task.budget, work)
+    if work.read("dealt") is None:
+        _check_room(work.out, plan)
+    destinations = np.full(len(found.empty), -1, np.int64)
+    portion = old.n_portions if old else 0
+    destinations[kept] = shuffled_positions(len(kept), config.seed, portion)
+    old_hashes = old.name_hashes() if old else NO_HASHES
+    deal(sources, found, destinations, old_hashes, plan, task.budget, work)
+    del destinations
+    partitions = _partitions(task, found, plan)
+    manifest = _manifest(task, found, kept, plan, partitions, gene_choice)
+    if old is None:
+        write_manifest(work.store, manifest)
+    else:
+        manifest = joined(old.manifest, manifest)
+    work.write("manifest", manifest.to_json())
+    return manifest
+
+
+def _names(task: _Task) -> tuple[Names, dict[str, Any]]:
+    """Return the inputs' names with the genes to keep, and how these were chosen by counts."""
+    sources, config, work = task.sources, task.config, task.work
+    if task.old is not None:
+        return appended_names(task.old, sources, config), {}
+    keys = (config.labels_key, config.batch_key)
+    if config.n_top_genes is None:
+        return read_names(sources, *keys, config.genes), {}
+    chosen = work.read("genes")
+    if chosen is None:
+        names = read_names(sources, *keys, config.genes)
+        genes = most_variable(
+            sources, names, config.n_top_genes, task.budget.block_elements, work.scratch
+        )
+        choice = {
+            "flavour": FLAVOUR,
+            "n_top_genes": config.n_top_genes,
+            "n_genes": names.registry.n_genes,
+            "batch_key": config.batch_key,
+        }
+        chosen = {"genes": genes, "choice": choice}
+        work.write("genes", chosen)
+    return read_names(sources, *keys, tuple(chosen["genes"])), chosen["choice"]
+
+
+def _check_room(out: Path, plan: PartitionPlan) -> None:
     """Refuse to start what cannot end for want of room."""
-    needed = int(1.2 * nnz * (dtypes.counts.itemsize + dtypes.indices.itemsize))
-    free = shutil.disk_usage(folder.parent).free
+    needed = int(1.2 * plan.nnz * (plan.dtypes.counts.itemsize + plan.dtypes.indices.itemsize))
+    free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise StoreError(
-            f"{folder.parent} has {free / 1e9:.1f} GB free and about {needed / 1e9:.1f} GB are "
+            f"{out.parent} has {free / 1e9:.1f} GB free and about {needed / 1e9:.1f} GB are "
             "needed while the cells are shuffled",
             "make room or choose another --out",
         )
@@ -272,71 +255,52 @@ def _kept_cells(sources: Sequence[Input], found: Survey, drop_empty: bool) -> ND
     if n_empty:
         logger.warning("left out %d of %d cells without counts", n_empty, len(found.empty))
     kept = np.flatnonzero(~found.empty)
-    cells = np.bincount(found.labels[kept], minlength=found.registry.n_labels)
-    if not cells.all():
-        lost = [found.registry.labels[code] for code in np.flatnonzero(cells == 0)]
+    there = np.unique(found.labels)
+    lost = np.setdiff1d(there, np.unique(found.labels[kept]))
+    if lost.size:
         raise CountsError(
-            f"no cell of {listing(lost)} has counts", "remove these labels from the inputs"
+            f"no cell of {listing([found.registry.labels[code] for code in lost])} has counts",
+            "remove these labels from the inputs",
         )
     return kept
 
 
-def shuffled_positions(n: int, seed: int) -> NDArray[np.int64]:
-    """Return where each of `n` cells goes: a permutation that follows from `seed`.
-
-    Sorts the raw output of Philox, which numpy promises never to change.
-    """
-    order = np.argsort(np.random.Philox(key=seed).random_raw(n), kind="stable")
-    positions = np.empty(n, np.int64)
-    positions[order] = np.arange(n)
-    return positions
-
-
-def _deal(
-    sources: Sequence[Input],
-    found: Survey,
-    kept: NDArray[np.int64],
-    bounds: NDArray[np.int64],
-    dtypes: CountsDtypes,
-    config: PrepareConfig,
-    scratch: Path,
-) -> None:
-    """Read the inputs again and deal their cells to the partitions' scratch files."""
-    positions = np.full(len(found.empty), -1, np.int64)
-    positions[kept] = shuffled_positions(len(kept), config.seed)
-    unique = UniqueNames(found.hashes[kept])
-    if unique.n_renamed:
-        logger.warning("%d cells have the name of another and get a suffix", unique.n_renamed)
-    scatter = Scatter(scratch / "partitions", bounds, dtypes, 4 * config.block_elements)
-    blocks = aligned_blocks(sources, found.targets, found.registry, config.block_elements, scratch)
-    with Progress(len(positions), "cells", "shuffling") as progress:
-        for start, names, x in blocks:
-            rows = np.arange(start, start + x.shape[0])
-            keep = np.flatnonzero(positions[rows] >= 0)
-            first_kept = int(np.searchsorted(kept, start))
-            scatter.add(
-                positions[rows[keep]],
-                x if len(keep) == len(rows) else x[keep],
-                found.labels[rows[keep]],
-                None if found.batches is None else found.batches[rows[keep]],
-                unique.rename([names[row] for row in keep], first_kept),
-            )
-            progress.advance(len(rows))
-    scatter.flush()
+def _partitions(task: _Task, found: Survey, plan: PartitionPlan) -> list[PartitionInfo]:
+    """Write the partitions, as many at once as are wanted and as memory allows."""
+    config, first = task.config, len(task.old.manifest.partitions) if task.old else 0
+    jobs = [
+        PartitionJob(
+            folder=task.work.store,
+            number=first + number,
+            scratch=task.work.scratch / "partitions" / str(number),
+            registry=found.registry,
+            dtypes=plan.dtypes,
+            codec=config.codec,
+            rows_per_chunk=config.rows_per_chunk,
+        )
+        for number in range(plan.n_partitions)
+    ]
+    largest = min(plan.elements, plan.nnz)
+    workers = task.budget.workers(config.num_workers, largest, plan.dtypes, plan.mean_row)
+    if workers < config.num_workers:
+        logger.warning("writing %d partitions at once: --memory allows no more", workers)
+    return write_partitions(jobs, workers, task.work)
 
 
 def _manifest(
-    sources: Sequence[Input],
+    task: _Task,
     found: Survey,
     kept: NDArray[np.int64],
+    plan: PartitionPlan,
     partitions: Sequence[PartitionInfo],
-    config: PrepareConfig,
     gene_choice: dict[str, Any],
 ) -> Manifest:
+    config = task.config
     n_validation = round(len(kept) * config.val_fraction)
     if config.val_fraction and len(kept) > 1:
         n_validation = max(n_validation, 1)
     cells = np.bincount(found.labels[kept], minlength=found.registry.n_labels)
+    given = config.genes in (None, "intersect", "union") and not gene_choice
     return Manifest(
         registry=found.registry,
         n_cells=len(kept),
@@ -346,10 +310,17 @@ def _manifest(
         total_counts=int(found.gene_totals.sum()),
         n_train=len(kept) - n_validation,
         seed=config.seed,
-        sources=tuple(_source(source) for source in sources),
+        sources=tuple(_source(source) for source in task.sources),
         partitions=tuple(partitions),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         rayvaec_version=__version__,
+        options={
+            "genes": config.genes if given else "list",
+            "val_fraction": config.val_fraction,
+            "codec": config.codec,
+            "rows_per_chunk": config.rows_per_chunk,
+            "partition_elements": plan.elements,
+        },
         gene_choice=gene_choice,
     )
 
@@ -362,3 +333,17 @@ def _source(source: Input) -> dict[str, Any]:
         "n_cells": source.n_cells,
         "n_genes": source.n_genes,
     }
+
+
+def _publish(task: _Task, manifest: Manifest) -> None:
+    """Put what is written in its place."""
+    work, old = task.work, task.old
+    if old is not None:
+        publish_appended(work, old, manifest)
+    elif work.store.exists():  # else a process was interrupted just after this
+        aside = work.out.with_name(f".{work.out.name}.old")
+        remove(aside)
+        if work.out.exists():
+            work.out.rename(aside)
+        work.store.rename(work.out)
+        remove(aside)

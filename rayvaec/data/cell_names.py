@@ -40,10 +40,9 @@ class UniqueNames:
         self._repetition[order] = np.arange(len(hashes)) - first
         self._period = int(self._repetition.max(initial=0)) + 1
 
-    @property
-    def n_renamed(self) -> int:
-        """Number of cells that get another name."""
-        return int(np.count_nonzero(self._repetition))
+    def n_renamed(self, start: int = 0) -> int:
+        """Return how many cells from `start` on get another name."""
+        return int(np.count_nonzero(self._repetition[start:]))
 
     def rename(self, names: Sequence[str], start: int) -> list[str]:
         """Return unique names for consecutive cells.

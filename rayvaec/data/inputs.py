@@ -7,6 +7,7 @@ memory than a block; of annotation, one obs column at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,8 +25,11 @@ from rayvaec.data.align import check_offsets, check_positions
 from rayvaec.data.names import choices, listing
 from rayvaec.data.transpose import csc_rows
 from rayvaec.errors import CountsError
+from rayvaec.files import FULL_DISK
 
 RAW = "raw"  # as a layer: the matrix and the genes of `AnnData.raw`
+CSC_BLOCKS = 4  # blocks whose values are sorted by row together
+NAMES_BLOCK = 2**20
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,14 @@ class Column:
         Positions in `categories`, -1 where the value is missing.
     categories : tuple of str
         The distinct values as text; of a categorical column also those that no cell has.
+    kind : str
+        What the values are: ``"text"``, ``"whole numbers"``, ``"numbers"``, ``"truth values"`` or
+        ``"other values"``.
     """
 
     codes: NDArray[np.int64]
     categories: tuple[str, ...]
+    kind: str = "text"
 
 
 class Input:
@@ -54,21 +62,31 @@ class Input:
     layer : str, optional
         Layer with the counts; X by default, ``"raw"`` for the matrix of `AnnData.raw`.
 
+    Attributes
+    ----------
+    n_cells, n_genes : int
+        Shape of the matrix.
+    encoding : {"csr", "csc", "dense"}
+        How it is stored.
+
     Raises
     ------
     CountsError
-        If `path` does not exist or is no AnnData, or has no such layer.
+        If `path` does not exist or is no AnnData, or has no such layer; and from every method
+        where the file is damaged.
     """
 
     def __init__(self, path: Path, layer: str | None = None) -> None:
         self.path, self.layer = path, layer
-        self._root = _open(path)
+        with _reading(path):
+            self._root = _open(path)
         try:
-            self._matrix, self._var = self._find_matrix()
-            self._encoding = _encoding(self._matrix, self.where)
-            self.n_cells = self._index("obs").shape[0]
-            self.n_genes = self._index(self._var).shape[0]
-            self._check_shape()
+            with _reading(path):
+                self._matrix, self._var = self._find_matrix()
+                self.encoding = _encoding(self._matrix, self.where)
+                self.n_cells = self._index("obs").shape[0]
+                self.n_genes = self._index(self._var).shape[0]
+                self._check_shape()
         except BaseException:
             self.close()
             raise
@@ -105,18 +123,38 @@ class Input:
     @cached_property
     def genes(self) -> list[str]:
         """Names of the columns."""
-        return _strings(self._index(self._var), 0, self.n_genes)
+        with _reading(self.path):
+            return _strings(self._index(self._var), 0, self.n_genes)
 
     @property
     def stored(self) -> int:
         """Number of stored values."""
-        if self._encoding == "dense":
+        if self.encoding == "dense":
             return self.n_cells * self.n_genes
         return int(self._matrix["data"].shape[0])
 
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of a stored value."""
+        matrix = self._matrix if self.encoding == "dense" else self._matrix["data"]
+        return int(matrix.dtype.itemsize)
+
+    @cached_property
+    def longest_row(self) -> int:
+        """The most values that a row has stored; of a CSC matrix, the most that it may have."""
+        if self.encoding != "csr":
+            return min(self.n_genes, self.stored)
+        longest = 0
+        with _reading(self.path):
+            for start in range(0, self.n_cells, NAMES_BLOCK):
+                offsets = self._matrix["indptr"][start : start + NAMES_BLOCK + 1]
+                longest = max(longest, int(np.diff(offsets.astype(np.int64)).max(initial=0)))
+        return min(longest, self.stored)
+
     def names(self, start: int, stop: int) -> list[str]:
         """Return the obs names of the rows from `start` to `stop`."""
-        return _strings(self._index("obs"), start, stop)
+        with _reading(self.path):
+            return _strings(self._index("obs"), start, stop)
 
     def column(self, key: str) -> Column:
         """Read an obs column.
@@ -140,21 +178,30 @@ class Input:
                 f"{self.path} has no obs column {key!r}",
                 f"the columns are {choices(key, self.columns)}",
             )
-        values = read_elem(self._root["obs"][key])
+        with _reading(self.path):
+            item = self._root["obs"][key]
+            if not hasattr(item, "keys") and _is_text(item):
+                return _text_column(item)
+            values = read_elem(item)
         if not isinstance(values, pd.Categorical):
             values = pd.Categorical(values)
         categories = tuple(str(value) for value in values.categories)
-        return Column(values.codes.astype(np.int64), categories)
+        kind = _KINDS.get(pd.api.types.infer_dtype(values.categories), "other values")
+        return Column(values.codes.astype(np.int64), categories, kind)
 
-    def blocks(self, elements: int, scratch: Path) -> Iterator[tuple[int, sparse.csr_array]]:
+    def blocks(
+        self, elements: int, scratch: Path, start: int = 0
+    ) -> Iterator[tuple[int, sparse.csr_array]]:
         """Read the matrix, some rows at a time.
 
         Parameters
         ----------
         elements : int
-            About how many stored values a block shall hold.
+            About how many stored values a block shall hold; a row at least.
         scratch : Path
             Folder for temporary files; a CSC matrix is transposed there on the first call.
+        start : int
+            First row to read.
 
         Yields
         ------
@@ -164,24 +211,22 @@ class Input:
         Raises
         ------
         CountsError
-            If the matrix contradicts itself.
+            If the matrix contradicts itself, or the file is damaged.
         """
-        if self._encoding == "dense":
-            yield from self._dense_blocks(elements)
-        elif self._encoding == "csr":
-            yield from self._csr_blocks(elements)
-        else:
-            shape = (self.n_cells, self.n_genes)
-            yield from csc_rows(self._matrix, shape, elements, scratch, self.where)
+        with _reading(self.path):
+            if self.encoding == "dense":
+                yield from self._dense_blocks(elements, start)
+            elif self.encoding == "csr":
+                yield from self._csr_blocks(elements, start)
+            else:
+                yield from self._csc_blocks(elements, scratch, start)
 
-    def _csr_blocks(self, elements: int) -> Iterator[tuple[int, sparse.csr_array]]:
-        indptr = self._matrix["indptr"][:].astype(np.int64)
+    def _csr_blocks(self, elements: int, start: int) -> Iterator[tuple[int, sparse.csr_array]]:
+        indptr = self._matrix["indptr"][:].astype(np.int64, copy=False)
         check_offsets(indptr, self.n_cells, self.stored, self.where)
         data, indices = self._matrix["data"], self._matrix["indices"]
-        start = 0
         while start < self.n_cells:
-            stop = int(np.searchsorted(indptr, indptr[start] + elements, side="right")) - 1
-            stop = max(stop, start + 1)
+            stop = _block_end(indptr, start, elements)
             part = slice(int(indptr[start]), int(indptr[stop]))
             columns = indices[part]
             check_positions(columns, self.n_genes, self.where)
@@ -190,13 +235,26 @@ class Input:
             yield start, sparse.csr_array((data[part], columns, offsets), shape=shape)
             start = stop
 
-    def _dense_blocks(self, elements: int) -> Iterator[tuple[int, sparse.csr_array]]:
+    def _csc_blocks(
+        self, elements: int, scratch: Path, start: int
+    ) -> Iterator[tuple[int, sparse.csr_array]]:
+        """Read ranges of rows, each of which is sorted in memory, and yield their parts."""
+        shape = (self.n_cells, self.n_genes)
+        ranges = csc_rows(self._matrix, shape, CSC_BLOCKS * elements, scratch, self.where, start)
+        for first, x in ranges:
+            begin = 0
+            while begin < x.shape[0]:
+                end = _block_end(x.indptr, begin, elements)
+                yield first + begin, x[begin:end]
+                begin = end
+
+    def _dense_blocks(self, elements: int, start: int) -> Iterator[tuple[int, sparse.csr_array]]:
         rows = max(elements // max(self.n_genes, 1), 1)
         chunk = self._matrix.chunks[0] if self._matrix.chunks else 1
-        if chunk <= 4 * rows:  # a chunk is decompressed once for every block that it reaches into
-            rows = -(-rows // chunk) * chunk
-        for start in range(0, self.n_cells, rows):
-            yield start, sparse.csr_array(self._matrix[start : start + rows])
+        if chunk <= rows:  # a chunk is decompressed once for every block that it reaches into
+            rows = rows // chunk * chunk
+        for first in range(start, self.n_cells, rows):
+            yield first, sparse.csr_array(self._matrix[first : first + rows])
 
     def _find_matrix(self) -> tuple[Any, str]:
         """Return the matrix and the path of the frame that names its columns."""
@@ -229,7 +287,7 @@ class Input:
         return index["values"] if hasattr(index, "keys") else index  # a nullable-string-array
 
     def _check_shape(self) -> None:
-        sparse_shape = self._encoding != "dense"
+        sparse_shape = self.encoding != "dense"
         shape = self._matrix.attrs["shape"] if sparse_shape else self._matrix.shape
         if tuple(shape) != (self.n_cells, self.n_genes):
             raise CountsError(
@@ -272,6 +330,55 @@ def _encoding(matrix: Any, where: str) -> str:
             f"{where} is stored as {kind!r}", f"use one of {', '.join(sorted(encodings))}"
         )
     return encodings[kind]
+
+
+_KINDS = {
+    "string": "text",
+    "integer": "whole numbers",
+    "floating": "numbers",
+    "boolean": "truth values",
+    "empty": "text",
+}
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what a damaged file makes h5py and zarr raise into an error that names the file."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        if isinstance(error, OSError) and error.errno in FULL_DISK:
+            raise  # no fault of the input: a CSC matrix is transposed on disk
+        raise CountsError(
+            f"{path} is damaged or cut short ({str(error).strip()})",
+            "copy or download it again, or leave it out",
+        ) from error
+
+
+def _block_end(indptr: NDArray[Any], start: int, elements: int) -> int:
+    """Return the row before which a block from `start` on has `elements` values at most."""
+    end = int(np.searchsorted(indptr, indptr[start] + elements, side="right")) - 1
+    return max(end, start + 1)
+
+
+def _is_text(array: Any) -> bool:
+    if isinstance(array, h5py.Dataset):
+        return h5py.check_string_dtype(array.dtype) is not None
+    return str(array.attrs.get("encoding-type")) == "string-array"
+
+
+def _text_column(array: Any) -> Column:
+    """Read a column of text in parts: as objects, a whole one would take a hundred bytes a cell."""
+    positions: dict[str, int] = {}
+    codes = np.empty(array.shape[0], np.int64)
+    for start in range(0, len(codes), NAMES_BLOCK):
+        found, names = pd.factorize(np.array(_strings(array, start, start + NAMES_BLOCK), object))
+        known = [positions.setdefault(str(name), len(positions)) for name in names]
+        codes[start : start + NAMES_BLOCK] = np.array(known, np.int64)[found]
+    order = sorted(positions)
+    rank = {name: place for place, name in enumerate(order)}
+    places = np.array([rank[name] for name in positions], np.int64)
+    return Column(places[codes], tuple(order))
 
 
 def _strings(array: Any, start: int, stop: int) -> list[str]:

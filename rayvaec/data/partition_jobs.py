@@ -11,6 +11,7 @@ from rayvaec.data.manifest import PartitionInfo
 from rayvaec.data.partition import CountsDtypes, write_partition
 from rayvaec.data.registry import Registry
 from rayvaec.data.scatter import gather
+from rayvaec.data.workspace import Workspace, sync_files
 from rayvaec.errors import RayvaecError
 from rayvaec.files import remove
 from rayvaec.progress import Progress
@@ -51,7 +52,7 @@ class PartitionJob:
         name = f"dataset_{self.number}"
         remove(self.folder / name)  # what a task that died may have left
         cells = gather(self.scratch, self.dtypes, self.registry.batch_key is not None)
-        return write_partition(
+        info = write_partition(
             self.folder,
             name,
             cells,
@@ -60,9 +61,13 @@ class PartitionJob:
             codec=self.codec,
             rows_per_chunk=self.rows_per_chunk,
         )
+        sync_files(self.folder / name)
+        return info
 
 
-def write_partitions(jobs: Sequence[PartitionJob], num_workers: int) -> list[PartitionInfo]:
+def write_partitions(
+    jobs: Sequence[PartitionJob], num_workers: int, work: Workspace
+) -> list[PartitionInfo]:
     """Write all partitions, removing each one's scratch file when it is done.
 
     Parameters
@@ -71,6 +76,8 @@ def write_partitions(jobs: Sequence[PartitionJob], num_workers: int) -> list[Par
         In row order.
     num_workers : int
         How many to write at once: Ray tasks where more than one.
+    work : Workspace
+        Where to note what is written; what is noted there already is not written again.
 
     Returns
     -------
@@ -82,10 +89,15 @@ def write_partitions(jobs: Sequence[PartitionJob], num_workers: int) -> list[Par
     ConfigError
         If Ray has fewer CPUs than `num_workers`.
     """
-    infos: dict[int, PartitionInfo] = {}
-    runs = _run_here(jobs) if num_workers == 1 else _run_on_ray(jobs, num_workers)
-    with Progress(len(jobs), "partitions", "writing") as progress:
+    infos = {
+        number: PartitionInfo.from_json(record)
+        for number, record in work.records("partition").items()
+    }
+    left = [job for job in jobs if job.number not in infos]
+    runs = _run_here(left) if num_workers == 1 else _run_on_ray(left, num_workers)
+    with Progress(len(jobs), "partitions", "writing", done=len(infos)) as progress:
         for job, info in runs:
+            work.write(f"partition-{job.number}", info.to_json())
             remove(job.scratch)
             infos[job.number] = info
             progress.advance(1)

@@ -7,6 +7,7 @@ length of name of each cell, the names, the indices, the counts.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from rayvaec.data.partition import CountsDtypes, PartitionCells
+from rayvaec.files import remove
 
 CELL = np.dtype(
     [("position", "<i8"), ("nnz", "<i4"), ("label", "<i4"), ("batch", "<i4"), ("name", "<i4")]
@@ -60,6 +62,9 @@ class Scatter:
         Types to hold indices and counts in.
     buffer_elements : int
         How many stored values may wait in memory.
+    sizes : sequence of int, optional
+        What `sync` returned to a process that was interrupted; whatever came to the files since
+        is cut off. By default there is nothing yet.
     """
 
     def __init__(
@@ -68,8 +73,13 @@ class Scatter:
         bounds: NDArray[np.int64],
         dtypes: CountsDtypes,
         buffer_elements: int,
+        sizes: Sequence[int] | None = None,
     ) -> None:
-        folder.mkdir(parents=True)
+        if sizes is None:
+            remove(folder)
+            folder.mkdir(parents=True)
+        for partition, size in enumerate(sizes or ()):
+            os.truncate(folder / str(partition), size)
         self._folder, self._bounds, self._dtypes = folder, bounds, dtypes
         self._buffer_elements = buffer_elements
         self._blocks: list[_Block] = []
@@ -130,6 +140,16 @@ class Scatter:
                         block.write(file, int(cut[partition]), int(cut[partition + 1]))
         self._blocks.clear()
         self._waiting = 0
+
+    def sync(self) -> list[int]:
+        """Write what waits, durably; return the size of every file."""
+        self.flush()
+        sizes = []
+        for partition in range(len(self._bounds) - 1):
+            with (self._folder / str(partition)).open("ab") as file:
+                os.fsync(file.fileno())
+                sizes.append(file.tell())
+        return sizes
 
 
 def gather(path: Path, dtypes: CountsDtypes, has_batches: bool) -> PartitionCells:

@@ -1,12 +1,13 @@
 """Rows of a CSC matrix on disk, in bounded memory.
 
-One sweep over the stored values deals them to scratch files, a set per range of rows; each set is
-then sorted by row in memory.
+A first sweep over the stored values counts those of each row, a second deals them to scratch files,
+a set per range of rows; each set is then sorted by row in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,19 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from rayvaec.data.align import check_offsets, check_positions
+from rayvaec.files import remove
+from rayvaec.progress import Progress
+
+DEALT = "rows.npy"
 
 
 def csc_rows(
-    matrix: Any, shape: tuple[int, int], elements: int, scratch: Path, where: str
+    matrix: Any,
+    shape: tuple[int, int],
+    elements: int,
+    scratch: Path,
+    where: str,
+    start: int = 0,
 ) -> Iterator[tuple[int, sparse.csr_array]]:
     """Read a CSC matrix, some rows at a time.
 
@@ -29,11 +39,13 @@ def csc_rows(
     shape : (int, int)
         Cells and genes.
     elements : int
-        About how many stored values are in memory at a time.
+        About how many stored values are in memory at a time; at least a row's.
     scratch : Path
         Folder for the scratch files: made by the first call, read again by later ones.
     where : str
         What to call the matrix in messages.
+    start : int
+        First row to read.
 
     Yields
     ------
@@ -45,15 +57,68 @@ def csc_rows(
     CountsError
         If the matrix contradicts itself.
     """
+    borders = _borders(matrix, shape, elements, scratch, where)
+    for number, (first, last) in enumerate(pairwise(borders.tolist())):
+        if last > start:
+            x = _gather(scratch, number, (last - first, shape[1]), _types(matrix))
+            skipped = max(start - first, 0)
+            yield first + skipped, x[skipped:] if skipped else x
+
+
+def _borders(
+    matrix: Any, shape: tuple[int, int], elements: int, scratch: Path, where: str
+) -> NDArray[np.int64]:
+    """Return the borders of the ranges of rows, whose values are dealt where they are not yet."""
+    done = scratch / DEALT
+    if done.exists():
+        borders = np.load(done)
+        if _fit(borders, elements, scratch):
+            return borders
+    remove(scratch)  # what a process that was killed may have left
+    scratch.mkdir(parents=True)
+    indptr = matrix["indptr"][:].astype(np.int64)
     stored = int(matrix["data"].shape[0])
-    n_files = max(-(-stored // elements), 1)
-    rows = max(-(-shape[0] // n_files), 1)
-    if not scratch.exists():
-        scratch.mkdir(parents=True)
-        _deal(matrix, shape, elements, rows, scratch, where)
-    for start in range(0, shape[0], rows):
-        shape_here = (min(rows, shape[0] - start), shape[1])
-        yield start, _gather(scratch, start // rows, shape_here, _types(matrix))
+    check_offsets(indptr, shape[1], stored, where)
+    lengths = _row_lengths(matrix, shape[0], stored, elements, where)
+    borders = _equal_parts(lengths, elements)
+    _deal(matrix, indptr, stored, elements, borders, scratch)
+    unfinished = scratch / f"new-{DEALT}"
+    np.save(unfinished, borders)
+    unfinished.rename(done)
+    return borders
+
+
+def _fit(borders: NDArray[np.int64], elements: int, scratch: Path) -> bool:
+    """Return whether ranges that were made for more memory fit into this one."""
+    for number, rows in enumerate(np.diff(borders).tolist()):
+        path = scratch / f"{number}.row"
+        if rows > 1 and path.exists() and path.stat().st_size > 4 * elements:
+            return False
+    return True
+
+
+def _row_lengths(
+    matrix: Any, n_rows: int, stored: int, elements: int, where: str
+) -> NDArray[np.int64]:
+    lengths = np.zeros(n_rows, np.int64)
+    with Progress(stored, "values", "counting the values of each row") as progress:
+        for start in range(0, stored, elements):
+            rows = matrix["indices"][start : start + elements]
+            check_positions(rows, n_rows, where)
+            np.add.at(lengths, rows, 1)
+            progress.advance(len(rows))
+    return lengths
+
+
+def _equal_parts(lengths: NDArray[np.int64], elements: int) -> NDArray[np.int64]:
+    """Return borders between which rows have `elements` values at most, or are a single one."""
+    ends = np.cumsum(lengths)
+    borders = [0]
+    while borders[-1] < len(lengths):
+        before = int(ends[borders[-1] - 1]) if borders[-1] else 0
+        border = int(np.searchsorted(ends, before + elements, side="right"))
+        borders.append(max(border, borders[-1] + 1))
+    return np.array(borders, np.int64)
 
 
 def _types(matrix: Any) -> dict[str, np.dtype[Any]]:
@@ -69,51 +134,56 @@ def _types(matrix: Any) -> dict[str, np.dtype[Any]]:
 
 
 def _deal(
-    matrix: Any, shape: tuple[int, int], elements: int, rows: int, scratch: Path, where: str
+    matrix: Any,
+    indptr: NDArray[np.int64],
+    stored: int,
+    elements: int,
+    borders: NDArray[np.int64],
+    scratch: Path,
 ) -> None:
     """Write every stored value to the files of its rows."""
-    indptr = matrix["indptr"][:].astype(np.int64)
-    stored = int(matrix["data"].shape[0])
-    check_offsets(indptr, shape[1], stored, where)
-    for start in range(0, stored, elements):
-        stop = min(start + elements, stored)
-        cells = matrix["indices"][start:stop].astype(np.int64)
-        check_positions(cells, shape[0], where)
-        file, row = np.divmod(cells, rows)
-        order = _stable_order(file)
-        ends = np.cumsum(np.bincount(file))
-        parts = {
-            "row": row,
-            "column": _columns(indptr, start, stop),
-            "value": matrix["data"][start:stop],
-        }
-        for part, dtype in _types(matrix).items():
-            values = parts[part][order].astype(dtype, copy=False)
-            for number, piece in enumerate(np.split(values, ends[:-1])):
-                if len(piece):
-                    with (scratch / f"{number}.{part}").open("ab") as out:
-                        piece.tofile(out)
+    types = _types(matrix)
+    with Progress(stored, "values", "transposing") as progress:
+        for start in range(0, stored, elements):
+            stop = min(start + elements, stored)
+            cells = matrix["indices"][start:stop]
+            # Small types: the stable sort of 16-bit numbers is a radix sort, and takes less room.
+            file = np.searchsorted(borders, cells, side="right") - 1
+            file = file.astype(np.min_scalar_type(len(borders)))
+            order = np.argsort(file, kind="stable")
+            ends = np.cumsum(np.bincount(file, minlength=len(borders) - 1))
+            for part, dtype in types.items():
+                if part == "row":
+                    values = cells - borders[file]
+                elif part == "column":
+                    values = _columns(indptr, start, stop)
+                else:
+                    values = matrix["data"][start:stop]
+                values = values.astype(dtype, copy=False)[order]
+                for number, (begin, end) in enumerate(pairwise([0, *ends.tolist()])):
+                    if begin < end:
+                        with (scratch / f"{number}.{part}").open("ab") as out:
+                            out.write(values[begin:end].data)
+            progress.advance(stop - start)
 
 
-def _stable_order(keys: NDArray[Any]) -> NDArray[np.int64]:
-    """Return the stable order of small whole numbers; below 2**16 numpy sorts by radix."""
-    return np.argsort(keys.astype(np.min_scalar_type(keys.max(initial=0))), kind="stable")
-
-
-def _columns(indptr: NDArray[np.int64], start: int, stop: int) -> NDArray[np.int64]:
+def _columns(indptr: NDArray[np.int64], start: int, stop: int) -> NDArray[np.int32]:
     """Return the column of each stored value from `start` to `stop`."""
     bounds = np.clip(indptr, start, stop)
-    return np.repeat(np.arange(len(indptr) - 1), np.diff(bounds))
+    return np.repeat(np.arange(len(indptr) - 1, dtype=np.int32), np.diff(bounds))
 
 
 def _gather(
     scratch: Path, number: int, shape: tuple[int, int], types: dict[str, np.dtype[Any]]
 ) -> sparse.csr_array:
     """Sort a file's values by row; within a row they are in order of their columns already."""
-    parts = {}
-    for part, dtype in types.items():
+
+    def read(part: str) -> NDArray[Any]:
         path = scratch / f"{number}.{part}"
-        parts[part] = np.fromfile(path, dtype) if path.exists() else np.empty(0, dtype)
-    order = _stable_order(parts["row"])
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(parts["row"], minlength=shape[0]))])
-    return sparse.csr_array((parts["value"][order], parts["column"][order], offsets), shape=shape)
+        return np.fromfile(path, types[part]) if path.exists() else np.empty(0, types[part])
+
+    rows = read("row")
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=shape[0]))])
+    # A stable sort of 16-bit numbers is a radix sort.
+    order = np.argsort(rows.astype(np.min_scalar_type(shape[0])), kind="stable")
+    return sparse.csr_array((read("value")[order], read("column")[order], offsets), shape=shape)

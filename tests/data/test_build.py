@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 
@@ -12,7 +9,8 @@ import pandas as pd
 import pytest
 from scipy import sparse, stats
 
-from rayvaec.data.build import PrepareConfig, prepare, shuffled_positions
+from rayvaec.data.build import PrepareConfig, prepare
+from rayvaec.data.dealing import shuffled_positions
 from rayvaec.data.store import open_store
 from rayvaec.errors import ConfigError, CountsError, StoreError
 
@@ -372,32 +370,6 @@ def test_outputs_and_inputs_that_overlap_are_refused(write_input, counts, tmp_pa
         prepare([path, path.parent / "." / path.name], tmp_path / "store", LABELS)
     with pytest.raises(ConfigError, match="there is no input"):
         prepare([], tmp_path / "store", LABELS)
-
-
-def test_a_failure_while_writing_leaves_nothing(write_input, counts, tmp_path, monkeypatch):
-    def fail(*args, **options):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("rayvaec.data.partition_jobs.write_partition", fail)
-    path = write_input(counts)
-    with pytest.raises(OSError, match="no space"):
-        prepare([path], tmp_path / "store", LABELS)
-    assert sorted(tmp_path.iterdir()) == [path]
-
-
-def test_what_a_killed_process_left_is_removed(write_input, counts, tmp_path):
-    ended = subprocess.run(
-        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True
-    )
-    abandoned = tmp_path / f".store.{int(ended.stdout)}.partial"
-    running = tmp_path / f".store.{os.getppid()}.partial"
-    other = tmp_path / f".store.b.{int(ended.stdout)}.partial"
-    for folder in (abandoned, running, other):
-        (folder / ".scratch").mkdir(parents=True)
-    prepare([write_input(counts)], tmp_path / "store", LABELS)
-    assert not abandoned.exists()
-    assert running.exists()
-    assert other.exists()
 
 
 def test_too_little_room_is_said_at_once(write_input, counts, tmp_path, monkeypatch):

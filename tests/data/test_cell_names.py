@@ -11,7 +11,7 @@ NAMES = st.lists(st.sampled_from(["A", "B", "A-1", "A-2", "A-1-1", "A-3", "-1", 
 def test_repetitions_get_a_number_that_is_free():
     names = ["A", "A-1", "A", "B", "A", "A-1"]
     unique = UniqueNames(name_hashes(names))
-    assert unique.n_renamed == 3
+    assert unique.n_renamed() == 3
     # A-1 is taken by a cell of that name; the period of three steps over it.
     assert unique.rename(names, 0) == ["A", "A-1", "A-4", "B", "A-2", "A-1-1"]
 
@@ -26,4 +26,4 @@ def test_names_become_unique_whatever_the_blocks(names, block):
     assert len(set(renamed)) == len(names)
     first = [names.index(name) == row for row, name in enumerate(names)]
     assert [a == b for a, b in zip(names, renamed, strict=True)] == first
-    assert unique.n_renamed == len(names) - sum(first)
+    assert unique.n_renamed() == len(names) - sum(first)

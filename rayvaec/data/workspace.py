@@ -1,0 +1,204 @@
+"""The folder beside an output in which `prepare` works: what is written so far, and what is done.
+
+``.<name>.partial`` holds ``plan.json`` (what is made of what), ``store`` (the output so far),
+``scratch`` (what goes away) and one record for everything that is finished, each written as a whole
+and after what it speaks of. A process that was killed at any moment so leaves a folder that the
+next one can go on from.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from rayvaec.errors import ConfigError, CountsError, StoreError
+from rayvaec.files import FULL_DISK, remove, write_json
+
+logger = logging.getLogger("rayvaec")
+
+NOTE_EVERY_S = 30.0
+"""Seconds of work that an interruption may cost."""
+
+
+class Workspace:
+    """Where the work on one output lies; `working` opens it.
+
+    Parameters
+    ----------
+    out : Path
+        Where the finished output shall stand; an absolute path.
+
+    Attributes
+    ----------
+    folder, store, scratch : Path
+        All of it, the output so far, and temporary files.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.folder = out.with_name(f".{out.name}.partial")
+        self.store = self.folder / "store"
+        self.scratch = self.folder / "scratch"
+        self._noted = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Return whether it is time to note how far a long pass is; then starts to wait anew."""
+        if time.monotonic() - self._noted < NOTE_EVERY_S:
+            return False
+        self._noted = time.monotonic()
+        return True
+
+    def write(self, name: str, record: Any) -> None:
+        """Note a JSON-able record durably, in place of an earlier one of its name."""
+        write_json(self.folder / f"{name}.json", record)
+
+    def read(self, name: str) -> Any:
+        """Return a record; None where there is none."""
+        try:
+            return json.loads((self.folder / f"{name}.json").read_text())
+        except FileNotFoundError:
+            return None
+
+    def records(self, stem: str) -> dict[int, Any]:
+        """Return the records ``<stem>-<number>`` by their numbers."""
+        numbers = [
+            path.stem.removeprefix(f"{stem}-") for path in self.folder.glob(f"{stem}-*.json")
+        ]
+        return {int(number): self.read(f"{stem}-{number}") for number in numbers}
+
+    def describe(self) -> str:
+        """Say how far the work is."""
+        layout, done = self.read("layout"), len(self.records("partition"))
+        if layout is not None:
+            return f"{done} of {layout['n_partitions']} partitions are written"
+        survey = self.read("survey")
+        return f"{0 if survey is None else survey['cells']} cells are checked"
+
+
+@contextmanager
+def working(
+    out: Path, plan: Mapping[str, Any], *, resume: bool, overwrite: bool
+) -> Iterator[Workspace]:
+    """Open the workspace of an output, whose lock the caller holds.
+
+    It is removed at the end. After an error it is removed too if this call began the work and the
+    error is the user's mistake or a full disk; everything else leaves it to be gone on with.
+
+    Parameters
+    ----------
+    out : Path
+        Where the finished output shall stand; an absolute path.
+    plan : mapping
+        JSON-able identity of the work, by what messages shall call each part.
+    resume : bool
+        Whether to go on from where another process was interrupted.
+    overwrite : bool
+        Whether to remove what another process left.
+
+    Yields
+    ------
+    Workspace
+
+    Raises
+    ------
+    StoreError
+        If there is unfinished work and neither is true, or the disk is full.
+    ConfigError
+        If the unfinished work has another plan and shall be resumed.
+    """
+    work = Workspace(out)
+    went_on = _settle_leftover(work, plan, resume, overwrite)
+    try:
+        with _full_disk(out, resumable=went_on):
+            work.scratch.mkdir(parents=True, exist_ok=True)
+            if not went_on:
+                work.write("plan", plan)
+            yield work
+    except BaseException as error:
+        if isinstance(error, CountsError | ConfigError | StoreError) and not went_on:
+            remove(work.folder)
+        else:
+            with suppress(OSError):
+                logger.warning("the same command with --resume goes on (%s)", work.describe())
+        raise
+    remove(work.folder)
+
+
+@contextmanager
+def _full_disk(out: Path, resumable: bool) -> Iterator[None]:
+    """Turn the errors of a full disk into one that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        place = f": {error.filename}" if error.filename else ""
+        raise StoreError(
+            f"{out.parent} has no room left for {out.name} ({error.strerror}{place})",
+            "make room on that disk and use --resume"
+            if resumable
+            else "make room on that disk, or choose another --out",
+        ) from error
+
+
+def _settle_leftover(
+    work: Workspace, plan: Mapping[str, Any], resume: bool, overwrite: bool
+) -> bool:
+    """Return whether there is unfinished work to go on with; remove it if it shall not be."""
+    try:
+        before = work.read("plan")
+    except ValueError as error:
+        raise StoreError(f"{work.folder} is damaged ({error})", "remove that folder") from error
+    if before is None:  # it was killed before it did anything, if there is a folder at all
+        remove(work.folder)
+        return False
+    if resume:
+        _refuse_other_plan(work.out, before, plan)
+        logger.info("going on with %s (%s)", work.out, work.describe())
+        return True
+    if not overwrite:
+        raise StoreError(
+            f"work on {work.out} was interrupted ({work.describe()})",
+            "go on with --resume, or start over with --overwrite",
+        )
+    logger.info("removing the unfinished work on %s (%s)", work.out, work.describe())
+    remove(work.folder)
+    return False
+
+
+def _refuse_other_plan(out: Path, before: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
+    for key in dict.fromkeys([*plan, *before]):
+        old, new = (json.dumps(value.get(key, "not given")) for value in (before, plan))
+        if old != new:
+            raise ConfigError(
+                f"the work on {out} cannot be resumed: {key} was {old} and is {new}",
+                "give what was given before, or start over with --overwrite and without --resume",
+            )
+
+
+def append_durably(path: Path, values: NDArray[Any], at: int) -> None:
+    """Write an array to a file from a byte on, cutting off what stood there, and sync it."""
+    with path.open("r+b" if path.exists() else "wb") as file:
+        file.truncate(at)
+        file.seek(at)
+        file.write(values.data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_files(folder: Path) -> None:
+    """Make sure that the files below a folder outlive a power cut."""
+    for path in [folder, *folder.rglob("*")]:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
