@@ -70,7 +70,7 @@ class Blobs(Protocol):
         """Open an array with zarr itself."""
 
 
-class _OpenFile:
+class OpenFile:
     """A file descriptor that lives as long as somebody holds this object."""
 
     def __init__(self, path: str) -> None:
@@ -95,7 +95,7 @@ class LocalBlobs:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._lock = threading.Lock()
-        self._open: OrderedDict[str, _OpenFile] = OrderedDict()
+        self._open: OrderedDict[str, OpenFile] = OrderedDict()
 
     def locate(self, key: str) -> str:
         """Return the full path of a file, for messages."""
@@ -113,7 +113,7 @@ class LocalBlobs:
     def size(self, key: str) -> int | None:
         """Return a file's size in bytes, None where there is no such file."""
         try:
-            return os.fstat(self._file(key).descriptor).st_size
+            return os.fstat(self.file(key).descriptor).st_size
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -123,7 +123,7 @@ class LocalBlobs:
         """Fill `out` with the bytes of a file, from `start` on; see `Blobs.read`."""
         room, done = out.data, 0
         try:
-            file = self._file(key)
+            file = self.file(key)
             while done < len(room):
                 step = os.preadv(file.descriptor, [room[done:]], start + done)
                 if step == 0:
@@ -159,12 +159,18 @@ class LocalBlobs:
 
         return zarr.open_array(self._root / path, mode="r")
 
-    def _file(self, key: str) -> _OpenFile:
-        """Return an open file, closing the one that has not been used for longest."""
+    def file(self, key: str) -> OpenFile:
+        """Return an open file, closing the one that has not been used for longest.
+
+        Raises
+        ------
+        OSError
+            If it cannot be opened.
+        """
         with self._lock:
             file = self._open.pop(key, None)
             if file is None:
-                file = _OpenFile(self.locate(key))
+                file = OpenFile(self.locate(key))
                 while len(self._open) >= MAX_OPEN_FILES:
                     self._open.popitem(last=False)
             self._open[key] = file

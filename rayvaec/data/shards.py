@@ -21,8 +21,8 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from rayvaec.data.blobs import Blobs, ByteRange
-from rayvaec.data.decode import checked, decode_chunks
+from rayvaec.data.blobs import Blobs, ByteRange, LocalBlobs
+from rayvaec.data.decode import checked, decode_chunks, read_chunks
 from rayvaec.data.layout import Layout
 from rayvaec.errors import StoreError
 
@@ -173,12 +173,30 @@ class ShardedVector:
             while j < n and begins[j] == ends[j - 1]:
                 j += 1
             run = _scratch(ends[j - 1] - begins[i])
+            to = out[i * chunk : j * chunk]
+            if self._read_at_once(shard, run, places[i:j], to):
+                i = j
+                continue
             self._blobs.read(self._key(shard), begins[i], run)
-            bad = self._decode(run, places[i:j], out[i * chunk : j * chunk])
+            bad = self._decode(run, places[i:j], to)
             if bad >= 0:
                 chunk_number = first + i + bad
                 raise self._damaged(shard, f"chunk {chunk_number} does not match its checksum")
             i = j
+
+    def _read_at_once(
+        self, shard: int, run: NDArray[np.uint8], places: NDArray[np.uint64], out: NDArray[Any]
+    ) -> bool:
+        """Read and decode neighbouring chunks in one call; return whether that went well."""
+        if not (self._layout.blosc and isinstance(self._blobs, LocalBlobs)):
+            return False
+        try:
+            file = self._blobs.file(self._key(shard))
+        except OSError:
+            return False
+        crc, size = self._layout.crc, self._chunk_bytes
+        to = out.view(np.uint8)
+        return read_chunks(file.descriptor, run, places.view(np.int64), to, size, crc)
 
     def _decode(self, run: NDArray[np.uint8], places: NDArray[np.uint64], out: NDArray[Any]) -> int:
         """Decode neighbouring chunks; return the first that is damaged, or -1."""
