@@ -23,7 +23,7 @@ def add_train(verbs: Verbs) -> None:
         epilog=f"settings for --set and --config (defaults):\n{about}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verb.add_argument("store", type=Path, metavar="STORE")
+    verb.add_argument("store", metavar="STORE", help="folder, or s3://, gs://, https://")
     add_out(verb, "RUN", "run folder: best and last model, checkpoints, metrics")
     verb.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON with settings")
     verb.add_argument(
@@ -36,7 +36,9 @@ def add_train(verbs: Verbs) -> None:
     )
     verb.add_argument("--max-epochs", type=int, metavar="N")
     verb.add_argument("--batch-size", type=int, metavar="N", help="cells a step over all workers")
-    verb.add_argument("--num-workers", type=int, metavar="N")
+    verb.add_argument(
+        "--num-workers", metavar="N|N-M", help="workers; 2-8: as many as there is room for"
+    )
     verb.add_argument("--seed", type=int)
     verb.add_argument("--use-gpu", action="store_true", default=None, help="one GPU a worker")
     verb.add_argument("--resume", action="store_true", help="go on from the last checkpoint")

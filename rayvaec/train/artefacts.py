@@ -12,6 +12,7 @@ from rayvaec.model.saved import save_model
 from rayvaec.model.vaec import VAEC
 from rayvaec.train.config import TrainConfig
 from rayvaec.train.replica import model_registry
+from rayvaec.train.storage import patiently
 
 BEST, LAST = "model", "last"
 
@@ -57,4 +58,9 @@ def _save(
         "training": config.to_json(),
     }
     registry = model_registry(store, config).to_json()
-    save_model(path, module, registry, provenance, overwrite=True)
+
+    def save() -> None:
+        path.parent.stat()  # save_model would make a folder in the place of one that is away
+        save_model(path, module, registry, provenance, overwrite=True)
+
+    patiently(f"{path}", save)

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,8 +23,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from rayvaec.errors import StoreError
+from rayvaec.errors import RayvaecError, StoreError
 from rayvaec.files import remove, write_json
+from rayvaec.train.storage import patiently
 
 TENSORS, STATE = "state.safetensors", "state.json"
 
@@ -88,11 +92,60 @@ def write_checkpoint(
     for name, parameter in module.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"adam/{name}/{key}"] = value
-    save_file(
-        {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
-        folder / TENSORS,
-    )
-    write_json(folder / STATE, {**asdict(state), "sha256": _digest(folder / TENSORS)})
+    on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+    def write() -> None:
+        save_file(on_cpu, folder / TENSORS)
+        write_json(folder / STATE, {**asdict(state), "sha256": _digest(folder / TENSORS)})
+
+    try:
+        patiently(f"the checkpoint {folder}", write)
+    except RayvaecError:
+        remove(folder)
+        raise
+
+
+def store_checkpoint(folder: Path, checkpoints: Path, name: str) -> Path:
+    """Copy a checkpoint to the checkpoints of a run: whole under its name, or not at all.
+
+    Parameters
+    ----------
+    folder : Path
+        What `write_checkpoint` wrote, on this machine.
+    checkpoints : Path
+        The folder of all checkpoints of the run; exists.
+    name : str
+        What it shall be called there.
+
+    Returns
+    -------
+    Path
+        Where it is.
+
+    Raises
+    ------
+    RayvaecError
+        If there is no room for it, or the storage does not come back; nothing is left then.
+    """
+    partial = checkpoints / f".{name}.partial"
+
+    def copy() -> None:
+        remove(partial)
+        partial.mkdir()
+        for file in (TENSORS, STATE):
+            shutil.copyfile(folder / file, partial / file)
+            with (partial / file).open("rb+") as written:
+                os.fsync(written.fileno())
+        remove(checkpoints / name)  # what a lost worker left, and nobody was told of
+        partial.rename(checkpoints / name)
+
+    try:
+        patiently(f"the checkpoint {checkpoints / name}", copy)
+    except RayvaecError:
+        with suppress(OSError):
+            remove(partial)
+        raise
+    return checkpoints / name
 
 
 def read_checkpoint(
@@ -201,7 +254,7 @@ def _read_state(folder: Path) -> dict[str, Any] | None:
     try:
         values = json.loads((folder / STATE).read_text())
         whole = values.pop("sha256") == _digest(folder / TENSORS)
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, AttributeError):
         return None
     return values if whole else None
 

@@ -1,4 +1,9 @@
-"""RUN/metrics.jsonl and RUN/progress.json: written by the first worker, read by everyone.
+"""What a run writes about itself as it goes; written by the first worker, read by everyone.
+
+::
+
+    RUN/metrics.jsonl    a record an epoch, or more      RUN/progress.json    how far it is
+    RUN/attempts.jsonl   a record each time that workers start
 
 metrics.jsonl holds one JSON object a line. A record with ``val_elbo`` closes an epoch; records
 without it (setting ``log_steps``) tell of a part of one. No record ever stands twice: a run that
@@ -9,16 +14,18 @@ from __future__ import annotations
 
 import json
 import os
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rayvaec.files import write_json
+from rayvaec.train.storage import patiently
 
-METRICS, PROGRESS = "metrics.jsonl", "progress.json"
+METRICS, PROGRESS, ATTEMPTS = "metrics.jsonl", "progress.json", "attempts.jsonl"
 
 
 def append_record(run: Path, record: dict[str, Any]) -> None:
-    """Append a record to the metrics of a run, in one write.
+    """Append a record to the metrics of a run, in one write; waits for storage that is away.
 
     Parameters
     ----------
@@ -27,11 +34,34 @@ def append_record(run: Path, record: dict[str, Any]) -> None:
     record : dict
         ``epoch``, ``step`` and whatever was measured; JSON values.
     """
-    line = json.dumps(record, allow_nan=False) + "\n"
-    with (run / METRICS).open("a") as file:
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+    _append(run / METRICS, record)
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    line = (json.dumps(record, allow_nan=False) + "\n").encode()
+    end: list[int] = []
+
+    def write() -> None:
+        path.parent.stat()
+        with path.open("ab+") as file:
+            if not end:
+                end.append(_end_of_lines(file))
+            file.truncate(end[0])  # what an attempt that failed half way may have left
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    patiently(f"{path}", write)
+
+
+def _end_of_lines(file: BinaryIO) -> int:
+    """Return where a file's whole lines end; a kill may have left a part of one more."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - 1, 0))
+    if file.read() in (b"", b"\n"):
+        return size
+    file.seek(0)
+    return file.read().rfind(b"\n") + 1
 
 
 def read_records(run: Path) -> list[dict[str, Any]]:
@@ -47,11 +77,36 @@ def read_records(run: Path) -> list[dict[str, Any]]:
     list of dict
         Empty where nothing has been recorded yet.
     """
+    return _read_lines(run / METRICS)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
     try:
-        text = (run / METRICS).read_text()
+        text = path.read_text()
     except FileNotFoundError:
         return []
     return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def append_attempt(run: Path, step: int, num_workers: int) -> None:
+    """Record that workers have started, from which step on.
+
+    Parameters
+    ----------
+    run : Path
+        The run folder.
+    step : int
+        Steps that the checkpoint they start from has taken.
+    num_workers : int
+        How many they are.
+    """
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    _append(run / ATTEMPTS, {"started": now, "step": step, "num_workers": num_workers})
+
+
+def read_attempts(run: Path) -> list[dict[str, Any]]:
+    """Read what `append_attempt` wrote: a record each time that workers started."""
+    return _read_lines(run / ATTEMPTS)
 
 
 def read_epochs(run: Path) -> list[dict[str, Any]]:
@@ -69,12 +124,17 @@ def cut_records(run: Path, step: int) -> None:
     step : int
         Steps that the checkpoint has taken.
     """
-    if not (run / METRICS).exists():
-        return
-    kept = [record for record in read_records(run) if record["step"] <= step]
-    partial = run / f".{METRICS}.partial"
-    partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    partial.replace(run / METRICS)
+
+    def cut() -> None:
+        run.stat()
+        if not (run / METRICS).exists():
+            return
+        kept = [record for record in read_records(run) if record["step"] <= step]
+        partial = run / f".{METRICS}.partial"
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        partial.replace(run / METRICS)
+
+    patiently(f"{run / METRICS}", cut)
 
 
 def write_progress(run: Path, epoch: int, cells: int) -> None:
@@ -89,7 +149,8 @@ def write_progress(run: Path, epoch: int, cells: int) -> None:
     cells : int
         Cells trained on since the beginning of the run.
     """
-    write_json(run / PROGRESS, {"epoch": epoch, "cells": cells})
+    value = {"epoch": epoch, "cells": cells}
+    patiently(f"{run / PROGRESS}", lambda: write_json(run / PROGRESS, value))
 
 
 def read_progress(run: Path) -> dict[str, Any] | None:
@@ -98,3 +159,38 @@ def read_progress(run: Path) -> dict[str, Any] | None:
         return json.loads((run / PROGRESS).read_text())
     except FileNotFoundError:
         return None
+
+
+class RecordTail:
+    """Read the records of a run as they come, each step once.
+
+    A run that goes back to a checkpoint writes a new file, and the repeated steps into it; they
+    are not given again.
+
+    Parameters
+    ----------
+    run : Path
+        The run folder.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._path = run / METRICS
+        self._file, self._offset, self._step = -1, 0, -1
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the records that have been added since the last call."""
+        try:
+            with self._path.open("rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                if inode != self._file or file.seek(0, os.SEEK_END) < self._offset:
+                    self._file, self._offset = inode, 0
+                file.seek(self._offset)
+                text = file.read()
+        except FileNotFoundError:
+            return []
+        whole = text[: text.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        records = [json.loads(line) for line in whole.splitlines()]
+        new = [record for record in records if record["step"] > self._step]
+        self._step = max([self._step, *(record["step"] for record in new)])
+        return new

@@ -13,6 +13,7 @@ from rayvaec.train.artefacts import BEST, LAST
 from rayvaec.train.config import TrainConfig, read_config
 from rayvaec.train.metrics import read_epochs, read_progress
 from rayvaec.train.run import read_run
+from rayvaec.train.workers import workers_text
 
 logger = logging.getLogger("rayvaec")
 POLL_SECONDS = 0.5
@@ -68,7 +69,8 @@ class Follower:
         self.started_at: float | None = None
 
     def __enter__(self) -> Self:
-        logger.info("starting %d workers", self._config.num_workers)
+        config = self._config
+        logger.info("starting %s", workers_text(config.fewest_workers, config.num_workers))
         self._thread.start()
         return self
 

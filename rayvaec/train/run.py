@@ -5,6 +5,7 @@
     RUN/run.json         store, its hash, state of the run, result
     RUN/config.json      the resolved configuration, fit for --config
     RUN/metrics.jsonl    records                 RUN/progress.json   how far it is
+    RUN/attempts.jsonl   when workers started    RUN/tensorboard/    the records as events
     RUN/checkpoints/     what it resumes from
     RUN/model  RUN/last  best and last model
 """
@@ -24,6 +25,7 @@ from rayvaec.train.artefacts import BEST, LAST
 from rayvaec.train.checkpoint import clear_checkpoints, newest_checkpoint
 from rayvaec.train.config import TrainConfig, read_config
 from rayvaec.train.metrics import METRICS, PROGRESS
+from rayvaec.train.storage import patiently
 
 RUN, CONFIG, CHECKPOINTS = "run.json", "config.json", "checkpoints"
 FORMAT_VERSION = 1
@@ -209,16 +211,20 @@ def begin_again(out: Path, config: TrainConfig) -> Path | None:
     Path or None
         The checkpoint to go on from; None where the run was killed before its first.
     """
-    newest = newest_checkpoint(out / CHECKPOINTS)
-    clear_checkpoints(out / CHECKPOINTS, keep=newest)
-    remove(out / PROGRESS)
-    write_json(out / CONFIG, config.to_json())
-    write_run(out, replace(read_run(out), status="running"))
-    return newest
+
+    def prepare() -> Path | None:
+        newest = newest_checkpoint(out / CHECKPOINTS)
+        clear_checkpoints(out / CHECKPOINTS, keep=newest)
+        remove(out / PROGRESS)
+        write_json(out / CONFIG, config.to_json())
+        write_run(out, replace(read_run(out), status="running"))
+        return newest
+
+    return patiently(f"{out}", prepare)
 
 
 def end(out: Path, status: str, result: dict[str, Any] | None = None) -> None:
-    """Note how a run ended.
+    """Note how a run ended; waits for storage that is away.
 
     Parameters
     ----------
@@ -229,6 +235,12 @@ def end(out: Path, status: str, result: dict[str, Any] | None = None) -> None:
     result : dict, optional
         What `TrainLoop.run` returned.
     """
+    patiently(f"{out}", lambda: note_end(out, status, result))
+
+
+def note_end(out: Path, status: str, result: dict[str, Any] | None = None) -> None:
+    """Note how a run ended, without waiting; parameters as in `end`."""
+    out.stat()
     remove(out / PROGRESS)
     write_run(out, replace(read_run(out), status=status, result=result))
 
@@ -236,4 +248,4 @@ def end(out: Path, status: str, result: dict[str, Any] | None = None) -> None:
 def has_results(out: Path) -> bool:
     """Return whether a run left anything that is worth keeping."""
     kept = (out / METRICS, out / BEST, out / LAST)
-    return newest_checkpoint(out / CHECKPOINTS) is not None or any(p.exists() for p in kept)
+    return any((out / CHECKPOINTS).glob("step_*")) or any(path.exists() for path in kept)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,18 @@ from typing import Any
 from rayvaec.data.store import Store, open_store
 from rayvaec.errors import ConfigError, RayvaecError, StoreError
 from rayvaec.files import remove
-from rayvaec.runtime import check_cpus, check_gpus, check_job_paths, check_seen, ray_session
+from rayvaec.location import Url, location
+from rayvaec.runtime import check_job_paths, check_seen, ray_session
 from rayvaec.train import run as folder
 from rayvaec.train.artefacts import BEST, LAST
 from rayvaec.train.checkpoint import drop_old_checkpoints
 from rayvaec.train.config import TrainConfig
 from rayvaec.train.report import Follower
+from rayvaec.train.storage import StorageLostError
+from rayvaec.train.workers import check_resources, workers_text
 
+logger = logging.getLogger("rayvaec")
 CHECKPOINTS_KEPT = 2
-MOST_THREADS = 8
-"""CPUs that a worker gets by default, at most: a VAEC's layers are too small to use more."""
 RAY_SETTINGS = {
     # How often the controller looks: checkpoints are taken over, and lost workers noticed, at
     # this pace.
@@ -66,7 +69,7 @@ class RunResult:
 
 
 def train(
-    store: Path | str,
+    store: Path | str | Url,
     out: Path | str,
     config: TrainConfig | None = None,
     *,
@@ -79,8 +82,8 @@ def train(
 
     Parameters
     ----------
-    store : Path or str
-        The training store.
+    store : Path, str or Url
+        The training store; a URL may be ``s3://``, ``gs://`` or ``https://``.
     out : Path or str
         The run folder.
     config : TrainConfig, optional
@@ -106,8 +109,9 @@ def train(
         If the training failed: a loss that is not finite, workers lost too often.
     """
     called = time.monotonic()
-    check_job_paths([Path(store), Path(out)])
-    opened, out = open_store(store), Path(out).absolute()
+    where = location(store)
+    check_job_paths([Path(out)], [where])
+    opened, out = open_store(where), Path(out).absolute()
     if opened.n_train < 1:
         raise StoreError(
             f"the store {opened.path} has no training cells",
@@ -121,7 +125,7 @@ def train(
         folder.check_new(out, overwrite)
     config = (config or TrainConfig()).resolved(opened.n_train)
     with ray_session():
-        cpus = _check_resources(config)
+        cpus = check_resources(config)
         check_seen([opened.path], [out])
         resume_from = None
         if resume:
@@ -143,50 +147,6 @@ def train(
     )
 
 
-def share_of_cpus(
-    nodes: Sequence[tuple[float, float]], num_workers: int, use_gpu: bool = False
-) -> int:
-    """Return the most CPUs that every worker can have on the nodes there are.
-
-    Parameters
-    ----------
-    nodes : sequence of (float, float)
-        CPUs and GPUs of each node.
-    num_workers : int
-        Workers to be placed.
-    use_gpu : bool
-        Whether each needs a GPU of its node as well.
-
-    Returns
-    -------
-    int
-        From 1 to `MOST_THREADS`; 1 also where they do not fit at all.
-    """
-
-    def places(cpus_each: int) -> int:
-        return sum(int(min(cpus // cpus_each, gpus if use_gpu else cpus)) for cpus, gpus in nodes)
-
-    fitting = [n for n in range(1, MOST_THREADS + 1) if places(n) >= num_workers]
-    return max(fitting, default=1)
-
-
-def _check_resources(config: TrainConfig) -> int:
-    """Refuse what Ray would wait for in vain; return the CPUs of each worker."""
-    import ray
-
-    if config.use_gpu:
-        check_gpus(config.num_workers, f"{config.num_workers} workers")
-    nodes = [
-        (node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
-    cpus = config.cpus_per_worker or share_of_cpus(nodes, config.num_workers, config.use_gpu)
-    each = f" with {cpus} CPUs each" if cpus > 1 else ""
-    check_cpus(config.num_workers * cpus, f"{config.num_workers} workers{each}")
-    return cpus
-
-
 def _fit_and_follow(
     store: Store, out: Path, config: TrainConfig, cpus: int, resume_from: Path | None
 ) -> tuple[dict[str, Any], float]:
@@ -197,16 +157,43 @@ def _fit_and_follow(
     status, summary = "failed", None
     try:
         with Follower(out, config, store.n_train) as follower:
-            summary = _fit(store, out, config, cpus, resume_from)
+            summary = _fit_through_outages(store, out, config, cpus, resume_from)
+        folder.end(out, "finished", summary)
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"
         raise
     finally:
-        folder.end(out, status, summary)
+        if status != "finished":
+            _leave(out, status)
+    return summary, follower.started_at or time.monotonic()
+
+
+def _leave(out: Path, status: str) -> None:
+    """Note how a run ended that did not finish, as far as its storage lets us."""
+    with suppress(OSError, StoreError):
+        folder.note_end(out, status)
         if status == "failed" and not folder.has_results(out):
             remove(out)
-    return summary, follower.started_at or time.monotonic()
+
+
+def _fit_through_outages(
+    store: Store, out: Path, config: TrainConfig, cpus: int, resume_from: Path | None
+) -> dict[str, Any]:
+    """Run the workers; again if Ray's own controller could not write to the run.
+
+    Workers wait for storage by themselves. The controller does not, and nothing but its end tells
+    us; it has little to write, so that this is rare.
+    """
+    while True:
+        try:
+            return _fit(store, out, config, cpus, resume_from)
+        except StorageLostError as lost:
+            newest = folder.begin_again(out, config)
+            if newest is None or newest == resume_from:
+                raise
+            logger.warning("%s: going on from the last checkpoint", lost.detail)
+            resume_from = newest
 
 
 def _fit(
@@ -215,9 +202,10 @@ def _fit(
     import ray.train
     import ray.train.torch
 
-    from rayvaec.train.verdict import StopOnOwnError, as_own_error
+    from rayvaec.train.verdict import FailureLimit, WaitLimit, as_own_error
     from rayvaec.train.worker import train_worker
 
+    fewest, most = config.fewest_workers, config.num_workers
     api: Any = ray.train  # Ray's annotations are those of Train V1
     trainer = api.torch.TorchTrainer(
         train_worker,
@@ -229,7 +217,8 @@ def _fit(
         },
         torch_config=api.torch.TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
         scaling_config=api.ScalingConfig(
-            num_workers=config.num_workers,
+            num_workers=(fewest, most) if fewest < most else most,
+            elastic_resize_monitor_interval_s=config.resize_seconds,
             use_gpu=config.use_gpu,
             resources_per_worker={"CPU": cpus, **({"GPU": 1} if config.use_gpu else {})},
         ),
@@ -237,11 +226,12 @@ def _fit(
             name=folder.CHECKPOINTS,
             storage_path=str(out),
             checkpoint_config=api.CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
-            # Without a limit Ray would try for ever to start workers that do not fit.
-            failure_config=api.FailureConfig(
-                max_failures=config.max_failures, controller_failure_limit=5
-            ),
-            callbacks=[StopOnOwnError()],
+            # Both limits are ours: Ray's count over the whole run, and have no end of waiting.
+            failure_config=api.FailureConfig(max_failures=-1, controller_failure_limit=-1),
+            callbacks=[
+                FailureLimit(config.max_failures),
+                WaitLimit(config.max_wait, workers_text(fewest, most)),
+            ],
         ),
     )
     try:

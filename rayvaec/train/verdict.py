@@ -1,29 +1,93 @@
-"""What a failure in a worker means: Ray's wrappers off, and no second try where it is pointless.
+"""What a failure means: Ray's wrappers off, and no second try where it is pointless.
 
 Ray's controller imports this module, which therefore imports little.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from ray.train import ControllerError, TrainingFailedError, UserCallback, WorkerGroupError
+from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from rayvaec.errors import RayvaecError
+from rayvaec.train.storage import FULL, StorageLostError, error_number, no_room
+
+POLL_SECONDS = 0.5
 
 
-class StopOnOwnError(UserCallback):
-    """End the run at once when a worker raised an error of ours.
+class FailureLimit(UserCallback):
+    """Decide, in Ray's controller, which failures a run survives.
 
-    A lost worker is worth another try; a damaged store or a loss that is not finite is not.
+    An error of ours ends it at once: a damaged store or a loss that is not finite will be the same
+    the next time. Lost workers are worth another try. Ray counts them over the whole run, which a
+    week on spot nodes would use up; here the count starts anew with every checkpoint, so that only
+    a run that does not get on is ended.
+
+    Parameters
+    ----------
+    max_failures : int
+        Failures survived between two checkpoints; -1: any number. Nodes that were taken back with
+        a warning do not count.
     """
 
+    def __init__(self, max_failures: int) -> None:
+        self._max_failures = max_failures
+        self._failures = 0
+
+    def after_report(self, run_context: Any, metrics: Any, checkpoint: Any) -> None:
+        """Forgive what was before a checkpoint."""
+        if checkpoint is not None:
+            self._failures = 0
+
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Raise the first `RayvaecError` among the workers' errors, in the controller."""
+        """Raise the first `RayvaecError` among the workers' errors, or that there were too many."""
         own = own_error(worker_exceptions)
         if own is not None:
             raise own
+        if any(_was_preempted(error) for error in worker_exceptions.values()):
+            return
+        self._failures += 1
+        if 0 <= self._max_failures < self._failures:
+            raise _failed(worker_exceptions, self._failures)
+
+
+class WaitLimit(ControllerCallback):
+    """End a run that has waited too long for room for its workers.
+
+    Parameters
+    ----------
+    max_wait : float
+        Seconds.
+    who : str
+        Workers that are waited for, such as ``"2 to 8 workers"``.
+    """
+
+    def __init__(self, max_wait: float, who: str) -> None:
+        self._max_wait, self._who = max_wait, who
+        self._since: float | None = None
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Look at the clock whenever Ray's controller has looked for room in vain."""
+        name = type(current_state).__name__
+        if name not in (
+            *("InitializingState", "SchedulingState", "ReschedulingState"),
+            *("RestartingState", "ResizingState"),
+        ):
+            self._since = None
+            return
+        if self._since is None:
+            self._since = time.monotonic()
+        waited = time.monotonic() - self._since
+        if waited > self._max_wait:
+            raise RayvaecError(
+                f"there was no room for {self._who} for {waited:.0f} s",
+                "free CPUs and GPUs or add nodes, then --resume; --set max_wait=... waits longer",
+            )
+        if previous_state is current_state:
+            time.sleep(POLL_SECONDS)  # the controller itself would ask again without a pause
 
 
 def own_error(failures: Mapping[int, BaseException]) -> RayvaecError | None:
@@ -40,6 +104,12 @@ def unwrapped(error: BaseException) -> BaseException:
     return getattr(error, "_base_exc", error)
 
 
+def _was_preempted(error: BaseException) -> bool:
+    """Return whether a worker went with a node that had been announced to go."""
+    death = getattr(error, "health_check_failure", error)
+    return getattr(death, "preempted", False)
+
+
 def as_own_error(error: TrainingFailedError) -> RayvaecError:
     """Turn the failure of a run into one line.
 
@@ -51,26 +121,42 @@ def as_own_error(error: TrainingFailedError) -> RayvaecError:
     Returns
     -------
     RayvaecError
-        The one that a worker raised, or one that names the worker and its error.
+        The one that a worker raised, or one that names the worker and its error; a
+        `StorageLostError` where Ray's controller could not write to the run.
     """
     if isinstance(error, ControllerError):
-        cause: BaseException = error.controller_failure
-        if isinstance(cause, RayvaecError):
-            return cause
-        return RayvaecError(
-            f"Ray could not run the training: {_one_line(cause)}",
-            "check that the cluster's CPUs and GPUs are free, then --resume",
-        )
+        return _of_controller(error.controller_failure)
     failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
     own = own_error(failures)
     if own is not None:
         return own
+    return _failed(failures or {0: error}, 1)
+
+
+def _of_controller(cause: BaseException) -> RayvaecError:
+    if isinstance(cause, RayvaecError):
+        return cause
+    number = error_number(cause)
+    if number in FULL:
+        return no_room("the record of checkpoints")
+    if number is not None:
+        return StorageLostError(
+            f"the run's checkpoints could not be kept: {_one_line(cause)}",
+            "--resume when the storage is back",
+        )
+    return RayvaecError(
+        f"Ray could not run the training: {_one_line(cause)}",
+        "check that the cluster's CPUs and GPUs are free, then --resume",
+    )
+
+
+def _failed(failures: Mapping[int, BaseException], times: int) -> RayvaecError:
     what = "; ".join(
         f"worker {rank}: {_one_line(unwrapped(failures[rank]))}" for rank in sorted(failures)[:2]
     )
+    often = f" {times} times without a new checkpoint" if times > 1 else ""
     return RayvaecError(
-        f"the training failed: {what or _one_line(error)}",
-        "--resume goes on from the last checkpoint",
+        f"the training failed{often}: {what}", "--resume goes on from the last checkpoint"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +14,17 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.torch import get_device
 
+from rayvaec.data.store import open_store
+from rayvaec.errors import RayvaecError
+from rayvaec.files import remove
+from rayvaec.location import Location, location
+from rayvaec.train.checkpoint import store_checkpoint
 from rayvaec.train.config import TrainConfig
 from rayvaec.train.loop import Task, TrainLoop
+from rayvaec.train.metrics import append_attempt
 from rayvaec.train.ranks import Ranks
+from rayvaec.train.run import CHECKPOINTS
+from rayvaec.train.storage import is_outage, patiently
 
 
 class RaySink:
@@ -23,13 +32,15 @@ class RaySink:
 
     Parameters
     ----------
+    checkpoints : Path
+        Where they go to: the folder that Ray was told to keep them in.
     resume_from : Path, optional
         Checkpoint that the run goes on from until Ray knows one of its own: after a lost worker,
         Ray's latest is newer.
     """
 
-    def __init__(self, resume_from: Path | None) -> None:
-        self._resume_from = resume_from
+    def __init__(self, checkpoints: Path, resume_from: Path | None) -> None:
+        self._checkpoints, self._resume_from = checkpoints, resume_from
         self._sent: str | None = None
 
     @contextmanager
@@ -50,7 +61,7 @@ class RaySink:
         return arrived is None or Path(arrived.path).name != self._sent
 
     def put(self, folder: Path | None, name: str, metrics: dict[str, Any]) -> None:
-        """Report to Ray; it copies the folder to the run and removes it."""
+        """Report to Ray; it has the folder copied to the run and removes it."""
         self._sent = name
         ray.train.report(
             metrics,
@@ -58,7 +69,17 @@ class RaySink:
             checkpoint_dir_name=name,
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             delete_local_checkpoint_after_upload=True,
+            checkpoint_upload_fn=self._upload,
         )
+
+    def _upload(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
+        """Copy a checkpoint to its place: unlike Ray itself, whole or not at all."""
+        folder = Path(checkpoint.path)
+        try:
+            return Checkpoint.from_directory(store_checkpoint(folder, self._checkpoints, name))
+        except RayvaecError:
+            remove(folder)
+            raise
 
 
 def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -79,9 +100,11 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     ------
     RayvaecError
         As `TrainLoop.run`.
+    OSError
+        If the store can no longer be read: Ray starts the workers again, and they wait for it.
     """
     config = TrainConfig.from_json(arguments["config"])
-    task = Task(Path(arguments["store"]), Path(arguments["run"]), config)
+    task = Task(location(arguments["store"]), Path(arguments["run"]), config)
     resume_from = arguments["resume_from"]
     use_given_cpus()
     context = ray.train.get_context()
@@ -89,8 +112,31 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     ranks = Ranks(context.get_world_rank(), context.get_world_size(), device)
-    sink = RaySink(None if resume_from is None else Path(resume_from))
-    return TrainLoop(task, ranks, sink).run()
+    sink = RaySink(task.run / CHECKPOINTS, None if resume_from is None else Path(resume_from))
+    _wait_for_store(task.store)
+    try:
+        loop = TrainLoop(task, ranks, sink)
+        if ranks.is_first:
+            append_attempt(task.run, loop.state.step, ranks.world_size)
+        return loop.run()
+    except RayvaecError as error:
+        if is_outage(error, task.store):
+            raise ConnectionError(str(error)) from error
+        raise
+
+
+def _wait_for_store(path: Location) -> None:
+    """Return when a store that was there before can be read, or raise what is wrong with it."""
+
+    def look() -> None:
+        try:
+            open_store(path)
+        except RayvaecError as error:
+            if is_outage(error, path):
+                raise OSError(errno.EIO, str(error)) from error
+            raise
+
+    patiently(f"the store {path}", look)
 
 
 def use_given_cpus() -> None:

@@ -3,11 +3,17 @@ from __future__ import annotations
 import pickle
 
 import pytest
+from ray.exceptions import RayActorError
 from ray.train import ControllerError, TrainingFailedError, WorkerGroupError
-from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2._internal.exceptions import (
+    UserExceptionWithTraceback,
+    WorkerHealthCheckFailedError,
+)
+from ray.train.v2._internal.execution.controller.state import InitializingState, RunningState
 
 from rayvaec.errors import RayvaecError, StoreError
-from rayvaec.train.verdict import StopOnOwnError, as_own_error
+from rayvaec.train.storage import StorageLostError
+from rayvaec.train.verdict import FailureLimit, WaitLimit, as_own_error
 
 OURS = StoreError("the file x is damaged", "copy it again")
 
@@ -38,8 +44,54 @@ def test_a_foreign_error_becomes_one_line() -> None:
     assert "\n" not in str(as_own_error(TrainingFailedError("a\nb" * 999)))
 
 
-def test_our_error_ends_the_run_and_a_lost_worker_does_not() -> None:
-    callback = StopOnOwnError()
+def test_our_error_ends_the_run_at_once() -> None:
     with pytest.raises(StoreError, match="x is damaged"):
-        callback.after_exception(None, {0: wrapped(KeyError("a")), 1: wrapped(OURS)})
-    callback.after_exception(None, {0: wrapped(KeyError("a"))})
+        FailureLimit(-1).after_exception(None, {0: wrapped(KeyError("a")), 1: wrapped(OURS)})
+
+
+def test_losses_between_two_checkpoints_are_counted() -> None:
+    limit, lost = FailureLimit(2), {1: wrapped(ConnectionError("Connection closed by peer"))}
+    for _ in range(5):
+        limit.after_exception(None, lost)
+        limit.after_exception(None, lost)
+        limit.after_report(None, [], checkpoint=object())
+    limit.after_exception(None, lost)
+    limit.after_report(None, [], checkpoint=None)
+    limit.after_exception(None, lost)
+    taken_back = RayActorError(error_msg="its node was taken back", preempted=True)
+    limit.after_exception(None, {0: WorkerHealthCheckFailedError("dead", taken_back), **lost})
+    with pytest.raises(
+        RayvaecError, match="failed 3 times without a new checkpoint: worker 1: Con"
+    ):
+        limit.after_exception(None, lost)
+    for _ in range(9):
+        FailureLimit(-1).after_exception(None, lost)
+    with pytest.raises(RayvaecError, match=r"the training failed: worker 1: .*--resume goes on"):
+        FailureLimit(0).after_exception(None, lost)
+
+
+def test_waiting_for_room_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("rayvaec.train.verdict.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("rayvaec.train.verdict.time.sleep", lambda _: None)
+    limit, running, waiting = WaitLimit(60, "2 to 8 workers"), RunningState(), InitializingState()
+
+    def wait_until(time: float) -> None:
+        clock[0] = time
+        limit.after_controller_state_update(waiting, waiting)
+
+    wait_until(0.0)
+    wait_until(50.0)
+    limit.after_controller_state_update(waiting, running)
+    wait_until(55.0)
+    wait_until(114.0)
+    with pytest.raises(RayvaecError, match="no room for 2 to 8 workers for 61 s; .*--resume"):
+        wait_until(116.0)
+
+
+def test_storage_that_fails_under_the_controller_is_told_apart() -> None:
+    lost = as_own_error(ControllerError(OSError(5, "Input/output error")))
+    assert type(lost) is StorageLostError
+    full = as_own_error(ControllerError(OSError("[Errno 28] Error writing. Detail: [errno 28]")))
+    assert str(full).startswith("there is no room left for the record of checkpoints")
+    assert type(full) is RayvaecError
