@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
 from rayvaec.progress import Progress
 from rayvaec.train.artefacts import BEST, LAST
 from rayvaec.train.config import TrainConfig, read_config
-from rayvaec.train.metrics import read_epochs, read_progress
+from rayvaec.train.metrics import RecordTail, read_attempts, read_epochs, read_progress
 from rayvaec.train.run import read_run
+from rayvaec.train.tracking import Mirror, trackers_for
 from rayvaec.train.workers import workers_text
 
 logger = logging.getLogger("rayvaec")
@@ -61,17 +63,22 @@ class Follower:
 
     def __init__(self, run: Path, config: TrainConfig, n_train: int) -> None:
         self._run, self._config, self._n_train = run, config, n_train
-        self._epoch = len(read_epochs(run))
+        self._epoch, self._attempts = len(read_epochs(run)), len(read_attempts(run))
+        self._first_attempt, self._tail, self._note = self._attempts, RecordTail(run), ""
         self._cells = self._epoch * n_train
         self._progress: Progress | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="rayvaec-follow", daemon=True)
+        self._mirrors = [Mirror(run, tracker) for tracker in trackers_for(run, config)]
+        self._open = ExitStack()
         self.started_at: float | None = None
 
     def __enter__(self) -> Self:
         config = self._config
         logger.info("starting %s", workers_text(config.fewest_workers, config.num_workers))
         self._thread.start()
+        for mirror in self._mirrors:
+            self._open.enter_context(mirror)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -79,11 +86,16 @@ class Follower:
         self._thread.join()
         if self._progress is not None:
             self._progress.__exit__(*exc_info)
+        self._open.close()
 
     def _follow(self) -> None:
         while not self._over.wait(POLL_SECONDS):
+            self._try_to_look()
+        self._try_to_look()
+
+    def _try_to_look(self) -> None:
+        with suppress(OSError):  # storage that is away: the workers say so if it stays away
             self._look()
-        self._look()
 
     def _look(self) -> None:
         within = read_progress(self._run)
@@ -94,23 +106,32 @@ class Follower:
             self.started_at = time.monotonic()
             left = max((self._config.max_epochs or 0) * self._n_train - within["cells"], 0)
             self._progress, self._cells = Progress(left, "cells", "training"), within["cells"]
-        note = self._show_epochs()
+        self._show_attempts()
+        self._show_epochs()
         cells = max(self._epoch * self._n_train, within["cells"])
         if cells > self._cells:
-            self._progress.advance(cells - self._cells, note)
+            self._progress.advance(cells - self._cells, self._note)
             self._cells = cells
 
-    def _show_epochs(self) -> str:
-        """Log the epochs that have been finished since the last look; return a short note."""
-        note = ""
+    def _show_attempts(self) -> None:
+        """Log that workers have started again, and from where."""
+        attempts = read_attempts(self._run)
+        for attempt in attempts[max(self._attempts, self._first_attempt + 1) :]:
+            workers = workers_text(attempt["num_workers"], attempt["num_workers"])
+            logger.info("went on from step %d with %s", attempt["step"], workers)
+        self._attempts = max(self._attempts, len(attempts))
+
+    def _show_epochs(self) -> None:
+        """Log the epochs that have been finished since the last look."""
         # A run that lost a worker goes back a little; nothing is shown until it is as far again.
-        for record in read_epochs(self._run):
+        for record in self._tail.read():
+            if "val_elbo" not in record:
+                continue
             if record["epoch"] > self._epoch:
                 self._epoch = record["epoch"]
                 logger.info("%s", epoch_line(record, self._config.max_epochs))
             if record["val_elbo"] is not None:
-                note = f"epoch {record['epoch']}, ELBO {record['val_elbo']:.2f}"
-        return note
+                self._note = f"epoch {record['epoch']}, ELBO {record['val_elbo']:.2f}"
 
 
 def describe_run(path: Path) -> str:
@@ -142,6 +163,7 @@ def describe_run(path: Path) -> str:
     ]
     if epochs:
         lines += _course(epochs)
+    lines += _starts(read_attempts(path))
     lines += [
         f"network     {config.n_layers} x {config.n_hidden} hidden, {config.n_latent} latent",
         f"recipe      batch size {config.batch_size}, lr {config.lr:g}, seed {config.seed}",
@@ -159,8 +181,20 @@ def _course(epochs: list[dict[str, Any]]) -> list[str]:
     if judged:
         best = max(judged, key=lambda record: record["val_elbo"])
         lines.append(f"best ELBO   {best['val_elbo']:.2f} nats a cell, in epoch {best['epoch']}")
-    speed = f"{last['cells_per_second']:,.0f} cells/s, {last['num_workers']} workers"
+    workers = workers_text(last["num_workers"], last["num_workers"])
+    speed = f"{last['cells_per_second']:,.0f} cells/s, {workers}"
     return [*lines, f"speed       {speed}, {last['time']:.1f} s in all"]
+
+
+def _starts(attempts: list[dict[str, Any]]) -> list[str]:
+    """Say how often workers had to start, and the last few times when and from where."""
+    if len(attempts) < 2:
+        return []
+    lines = [f"starts      {len(attempts)}, the last of them:"]
+    for attempt in attempts[-5:]:
+        workers = workers_text(attempt["num_workers"], attempt["num_workers"])
+        lines.append(f"            {attempt['started']} from step {attempt['step']}, {workers}")
+    return lines
 
 
 def _next_commands(path: Path, status: str, store: str) -> list[str]:

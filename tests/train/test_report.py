@@ -39,7 +39,7 @@ def test_a_run_is_followed_line_by_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rayvaec.train.report.POLL_SECONDS", 0.01)
-    append_record(tmp_path, {**RECORD, "epoch": 1})
+    append_record(tmp_path, {**RECORD, "epoch": 1, "step": 20})
     with (
         caplog.at_level(logging.INFO, "rayvaec"),
         Follower(tmp_path, TrainConfig(max_epochs=3), 1000) as follower,
@@ -52,7 +52,7 @@ def test_a_run_is_followed_line_by_line(
         # A run that went back to a checkpoint cuts its records, and repeats some.
         (tmp_path / "metrics.jsonl").unlink()
         append_record(tmp_path, RECORD)
-        append_record(tmp_path, {**RECORD, "epoch": 3, "best": False})
+        append_record(tmp_path, {**RECORD, "epoch": 3, "step": 60, "best": False})
     lines = [record.getMessage() for record in caplog.records if "ELBO" in record.getMessage()]
     assert [line[:7] for line in lines if line.startswith("epoch")] == ["epoch 2", "epoch 3"]
     assert follower._progress._done == 2000
