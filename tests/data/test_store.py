@@ -97,12 +97,17 @@ def test_a_file_is_no_store(tmp_path):
 
 
 def test_another_folder_is_no_store(tmp_path):
-    with pytest.raises(StoreError, match="is not a store that rayvaec wrote; write one with"):
+    with pytest.raises(
+        StoreError,
+        match="is no store, no AnnData Zarr and no annbatch collection; write a store with",
+    ):
         open_store(tmp_path)
 
 
 def test_an_anndata_is_no_store(random_store):
-    with pytest.raises(StoreError, match="dataset_0 is not a store that rayvaec wrote"):
+    with pytest.raises(
+        StoreError, match="dataset_0 is not a store that rayvaec wrote; name its obs column"
+    ):
         open_store(random_store.path / "dataset_0")
 
 

@@ -1,0 +1,317 @@
+"""The survey of a store that rayvaec did not write: every value and name of it, read once."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from rayvaec import __version__
+from rayvaec.data.counts import as_counts
+from rayvaec.data.foreign import (
+    SPLIT_SEED,
+    Findings,
+    ForeignStore,
+    recoded,
+    split,
+    store_digest,
+)
+from rayvaec.data.manifest import Manifest, PartitionInfo
+from rayvaec.data.members import CodedColumn, Member, open_members
+from rayvaec.data.names import listing
+from rayvaec.data.obs_keys import ObsKeys
+from rayvaec.data.registry import Registry, refuse_duplicates
+from rayvaec.data.remote import open_blobs
+from rayvaec.errors import CountsError
+from rayvaec.location import Location
+from rayvaec.progress import Progress
+
+logger = logging.getLogger("rayvaec")
+
+BLOCK_ELEMENTS = 4_000_000
+BLOCK_ROWS = 65_536
+LOADER_BLOCK, LOADER_BLOCKS, MINIBATCH = 256, 64, 1024
+"""How the loader mixes by default: a minibatch comes from as many blocks of as many rows."""
+
+
+def survey_foreign(where: Location, keys: ObsKeys) -> ForeignStore:
+    """Check every value, label and name of a store that rayvaec did not write.
+
+    Parameters
+    ----------
+    where : Path or Url
+        An AnnData Zarr, or an annbatch collection.
+    keys : ObsKeys
+        Its columns of labels and batches.
+
+    Returns
+    -------
+    ForeignStore
+
+    Raises
+    ------
+    StoreError
+        If it is neither, or a file cannot be read.
+    CountsError
+        For whatever cannot be trained on; the message names value and place.
+    """
+    members = open_members(where, open_blobs(where))
+    for member in members:
+        for n, what in ((member.n_cells, "cells"), (member.n_genes, "genes")):
+            if n == 0:
+                raise CountsError(f"{member.where} has no {what}", "leave it out")
+    refuse_duplicates(members[0].genes, "gene", members[0].where)
+    labels, label_codes = _codes(members, keys.labels, "label")
+    batches: tuple[str, ...] = ()
+    if keys.batches is not None:
+        batches, _ = _codes(members, keys.batches, "batch")
+    registry = Registry(members[0].genes, labels, keys.labels, batches, keys.batches)
+    n_cells = [member.n_cells for member in members]
+    gene_totals, largest, infos = np.zeros(registry.n_genes, np.int64), 0, []
+    with Progress(sum(n_cells), "cells", "checking") as progress:
+        for member in members:
+            audit = _Audit(member, registry.n_genes)
+            for n in audit.blocks():
+                progress.advance(n)
+            gene_totals += audit.gene_totals
+            largest = max(largest, audit.largest)
+            infos.append(audit.info())
+    train, _ = split(n_cells)
+    manifest = Manifest(
+        registry=registry,
+        n_cells=sum(n_cells),
+        nnz=sum(info.nnz for info in infos),
+        cells_per_label=tuple(np.bincount(label_codes, minlength=len(labels)).tolist()),
+        gene_totals=tuple(gene_totals.tolist()),
+        total_counts=int(gene_totals.sum()),
+        n_train=sum(segment.stop - segment.start for segment in train),
+        seed=SPLIT_SEED,
+        sources=tuple(_source(member) for member in members),
+        partitions=tuple(infos),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        rayvaec_version=__version__,
+    )
+    store = ForeignStore(
+        where, manifest, Findings(largest, store_digest(members, registry)), members
+    )
+    _say_how_it_mixes(store, label_codes)
+    return store
+
+
+class _Audit:
+    """Reads one member, block by block, and sums up.
+
+    Parameters
+    ----------
+    member : Member
+        What to read.
+    n_genes : int
+        Number of its columns.
+    """
+
+    def __init__(self, member: Member, n_genes: int) -> None:
+        self._member, self._n_genes = member, n_genes
+        self._indptr = member.vector("X/indptr")
+        self._indices, self._data = member.vector("X/indices"), member.vector("X/data")
+        self._hashes = [hashlib.sha256() for _ in range(3)]
+        self.gene_totals, self.largest = np.zeros(n_genes, np.int64), 0
+
+    def blocks(self) -> Iterator[int]:
+        """Read everything; yield the number of cells read each time."""
+        n, last = self._member.n_cells, 0
+        for first in range(0, n, BLOCK_ROWS):
+            rows = min(BLOCK_ROWS, n - first)
+            offsets = self._indptr.read(first, first + rows + 1).astype(np.int64)
+            if offsets[0] != last or np.any(np.diff(offsets) < 0):
+                raise self._contradiction("its row offsets do not follow one another")
+            last, start = int(offsets[-1]), 0
+            if last > len(self._data):
+                raise self._contradiction(f"it has {len(self._data)} values, not {last}")
+            while start < rows:
+                reach = int(np.searchsorted(offsets, offsets[start] + BLOCK_ELEMENTS, "right"))
+                stop = max(reach - 1, start + 1)
+                self._block(first + start, offsets[start : stop + 1])
+                yield stop - start
+                start = stop
+        if last != len(self._data):
+            raise self._contradiction(f"it has {len(self._data)} values, not {last}")
+
+    def info(self) -> PartitionInfo:
+        """Return what the manifest says about the member, with a checksum of its contents."""
+        joint = hashlib.sha256(b"".join(part.digest() for part in self._hashes)).hexdigest()
+        return PartitionInfo(
+            self._member.name, self._member.n_cells, len(self._data), {}, f"sha256:{joint}"
+        )
+
+    def _block(self, first: int, offsets: NDArray[np.int64]) -> None:
+        begin, end = int(offsets[0]), int(offsets[-1])
+        raw = self._data.read(begin, end)
+        indices = self._indices.read(begin, end).astype(np.int64)
+        offsets = offsets - begin
+        if end > begin and not 0 <= indices.min() <= indices.max() < self._n_genes:
+            raise self._contradiction(f"it has values of genes beyond its {self._n_genes}")
+        self._check_order(first, offsets, indices)
+        counts = self._counts(first, offsets, indices, raw)
+        x = sparse.csr_array((counts, indices, offsets), shape=(len(offsets) - 1, self._n_genes))
+        empty = np.flatnonzero(x.sum(axis=1, dtype=np.int64) == 0)
+        if len(empty):
+            name = self._name(first + int(empty[0]))
+            raise CountsError(
+                f"cell {name} of {self._member.where} has no counts", _prepare("--drop-empty")
+            )
+        # Sums of whole numbers below 2**53 are exact in bincount's float64.
+        self.gene_totals += np.bincount(indices, counts, self._n_genes).astype(np.int64)
+        self.largest = max(self.largest, int(counts.max(initial=0)))
+        for part, values in zip(self._hashes, (np.diff(offsets), indices, counts), strict=True):
+            part.update(values.astype("<u4").data)
+
+    def _counts(
+        self, first: int, offsets: NDArray[Any], indices: NDArray[Any], raw: NDArray[Any]
+    ) -> NDArray[np.int32]:
+        member = self._member
+
+        def locate(at: int) -> tuple[str, str]:
+            row = int(np.searchsorted(offsets, at, "right")) - 1
+            return self._name(first + row), member.genes[int(indices[at])]
+
+        try:
+            return as_counts(raw, locate, where=f"X of {member.where}")
+        except CountsError as error:
+            layers = member.layers
+            fix = _prepare(f"--layer {layers[0]}") if layers else error.fix
+            raise CountsError(error.detail, fix) from None
+
+    def _check_order(self, first: int, offsets: NDArray[Any], indices: NDArray[Any]) -> None:
+        """Refuse rows whose genes are not in order, each once."""
+        falls = np.diff(indices) <= 0
+        falls[offsets[1:-1][(offsets[1:-1] > 0) & (offsets[1:-1] < len(indices))] - 1] = False
+        if not falls.any():
+            return
+        at = int(np.argmax(falls))
+        row = int(np.searchsorted(offsets, at, "right")) - 1
+        genes = indices[offsets[row] : offsets[row + 1]]
+        name, where = self._name(first + row), self._member.where
+        twice = len(np.unique(genes)) < len(genes)
+        values, times = np.unique(genes, return_counts=True)
+        gene = self._member.genes[int(values[np.argmax(times)])]
+        problem = f"holds gene {gene} more than once" if twice else "has its genes out of order"
+        raise CountsError(f"cell {name} of {where} {problem}", _prepare(""))
+
+    def _name(self, row: int) -> str:
+        return self._member.names(row, row + 1)[0]
+
+    def _contradiction(self, problem: str) -> CountsError:
+        return CountsError(
+            f"X of {self._member.where} contradicts itself: {problem}", "copy or write it again"
+        )
+
+
+def _prepare(option: str) -> str:
+    return f"make a store of it with `rayvaec prepare INPUT {option}".rstrip() + "`"
+
+
+def _codes(
+    members: Sequence[Member], key: str, what: str
+) -> tuple[tuple[str, ...], NDArray[np.int32]]:
+    """Return the values of an obs column that some cell has, sorted, and every cell's code."""
+    columns = [member.column(key) for member in members]
+    used: set[str] = set()
+    for member, column in zip(members, columns, strict=True):
+        codes = column.codes.read(0, member.n_cells)
+        missing = np.flatnonzero(codes < 0)
+        if len(missing):
+            first = int(missing[0])
+            raise CountsError(
+                f"{member.where}: obs column {key!r} has no value for {len(missing)} of "
+                f"{member.n_cells} cells, the first {member.names(first, first + 1)[0]}",
+                f"give each a {what} and write it again",
+            )
+        used.update(column.categories[code] for code in np.unique(codes))
+    _say_unused(columns, used, key, what)
+    names = tuple(sorted(used))
+    parts = [
+        recoded(column, names).read(0, member.n_cells)
+        for member, column in zip(members, columns, strict=True)
+    ]
+    return names, np.concatenate(parts)
+
+
+def _say_unused(columns: Sequence[CodedColumn], used: set[str], key: str, what: str) -> None:
+    unused = sorted({name for column in columns for name in column.categories} - used)
+    if unused:
+        logger.info(
+            "%d categories of obs column %r have no cells and become no %s: %s",
+            *(len(unused), key, what, listing(unused)),
+        )
+
+
+def _source(member: Member) -> dict[str, Any]:
+    return {
+        "path": member.where,
+        "layer": None,
+        "n_cells": member.n_cells,
+        "n_genes": member.n_genes,
+    }
+
+
+def _say_how_it_mixes(store: ForeignStore, labels: NDArray[np.int32]) -> None:
+    """Say what reading a store as it lies costs: minibatches that are mixed less, decoding twice.
+
+    Parameters
+    ----------
+    store : ForeignStore
+        Surveyed.
+    labels : array[n_cells] of int32
+        Label codes in the order in which the cells lie.
+    """
+    found, ideal = label_distance(labels)
+    logger.info(
+        "%s is read as it lies, in runs of %d cells: labels of a minibatch differ from the whole's "
+        "by %.3f (total variation), %.3f where cells are perfectly shuffled",
+        *(store.path, LOADER_BLOCK, found, ideal),
+    )
+    if found > 1.5 * ideal:
+        logger.warning(
+            "the cells of %s are not shuffled, and minibatches will not be quite: `rayvaec "
+            "prepare` makes a store that is, and reads faster",
+            store.path,
+        )
+
+
+def label_distance(labels: NDArray[np.int32], draws: int = 200) -> tuple[float, float]:
+    """Measure how far the labels of minibatches are from those of all cells.
+
+    Parameters
+    ----------
+    labels : array[n_cells] of int32
+        Label codes in the order in which the cells lie.
+    draws : int
+        How many minibatches to look at.
+
+    Returns
+    -------
+    (float, float)
+        Mean total-variation distance of minibatches as the loader draws them by default, and of
+        as many cells drawn one by one.
+    """
+    rng = np.random.Generator(np.random.Philox(key=SPLIT_SEED))
+    whole = np.bincount(labels) / len(labels)
+    n_blocks = -(-len(labels) // LOADER_BLOCK)
+    distances = np.zeros((draws, 2))
+    for draw in range(draws):
+        blocks = rng.permutation(n_blocks)[:LOADER_BLOCKS]
+        rows = (blocks[:, None] * LOADER_BLOCK + np.arange(LOADER_BLOCK)).ravel()
+        rows = rows[rows < len(labels)]
+        size = min(MINIBATCH, len(rows))
+        mixed = rng.permutation(rows)[:size], rng.choice(len(labels), size, replace=False)
+        for way, cells in enumerate(mixed):
+            mix = np.bincount(labels[cells], minlength=len(whole))
+            distances[draw, way] = np.abs(mix / size - whole).sum() / 2
+    found, ideal = distances.mean(axis=0).tolist()
+    return found, ideal
