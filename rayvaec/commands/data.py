@@ -166,9 +166,13 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
         print(load_model(path).describe())
     elif (path / "run.json").exists():
+        from rayvaec.train.curves import draw_curves
         from rayvaec.train.report import describe_run
 
         print(describe_run(path))
+        curves = draw_curves(path)
+        if curves is not None:
+            print(f"curves      {curves}")
     else:
         what = "is no store, model or run" if path.exists() else "does not exist"
         raise StoreError(f"{path} {what}", "give a folder that rayvaec wrote")
