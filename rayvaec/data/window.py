@@ -8,11 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from rayvaec.compiled import compiled
 from rayvaec.data.shards import Vector
 from rayvaec.data.store import Partition, Store
+from rayvaec.errors import StoreError
+
+COUNTS_AT, INDICES_AT, LENGTH, CELL, LABEL, BATCH = range(6)
 
 
 class Buffers:
@@ -84,27 +91,16 @@ class Window:
         The part of a lane's line that these rows are.
     buffers : Buffers
         Where the values are.
-    counts_at, indices_at : array[n_rows] of uint64
-        Where each row's values begin in the buffers.
-    lengths : array[n_rows] of uint64
-        How many values each row has.
-    labels : array[n_rows] of int32
-        Label codes.
-    batches : array[n_rows] of int32, optional
-        Batch codes.
-    cells : array[n_rows] of int64
-        Row numbers in the store.
+    rows : array[n_rows, 6] of int64
+        For each row the addresses of its counts and of its indices in the buffers, how many there
+        are, and its number in the store, label and batch (0 without batches). One array, so that
+        a minibatch takes one slice of it.
     """
 
     begin: int
     end: int
     buffers: Buffers
-    counts_at: NDArray[np.uint64]
-    indices_at: NDArray[np.uint64]
-    lengths: NDArray[np.uint64]
-    labels: NDArray[np.int32]
-    batches: NDArray[np.int32] | None
-    cells: NDArray[np.int64]
+    rows: NDArray[np.int64]
 
 
 def load_window(
@@ -153,17 +149,29 @@ def load_window(
     )
     counts_at = _decode([(p.partition.counts, p) for p in pieces], buffers.counts)
     indices_at = _decode([(p.partition.indices, p) for p in pieces], buffers.indices)
+    rows = np.empty((len(order), 6), np.int64)
+    rows[:, COUNTS_AT] = _address(buffers.counts) + counts_at * buffers.counts.itemsize
+    rows[:, INDICES_AT] = _address(buffers.indices) + indices_at * buffers.indices.itemsize
+    rows[:, LENGTH] = _lengths(pieces)
+    rows[:, CELL] = np.concatenate([np.arange(*run) for run in runs])
+    rows[:, LABEL] = labels
+    rows[:, BATCH] = 0 if batches is None else batches
+    return Window(*line, buffers=buffers, rows=rows[order])
+
+
+def _lengths(pieces: Sequence[_Piece]) -> NDArray[np.int64]:
+    """Return each row's number of values; rows are copied without further checks."""
     lengths = np.concatenate([np.diff(piece.offsets) for piece in pieces])
-    return Window(
-        *line,
-        buffers=buffers,
-        counts_at=counts_at[order].view(np.uint64),
-        indices_at=indices_at[order].view(np.uint64),
-        lengths=lengths[order].view(np.uint64),
-        labels=labels[order],
-        batches=None if batches is None else batches[order],
-        cells=np.concatenate([np.arange(*run) for run in runs])[order],
-    )
+    if lengths.min(initial=0) < 0:
+        name = next(p.partition.info.name for p in pieces if np.diff(p.offsets).min(initial=0) < 0)
+        raise StoreError(
+            f"the offsets in {name}/X/indptr decrease", "write the store again from its sources"
+        )
+    return lengths
+
+
+def _address(array: NDArray[Any]) -> int:
+    return int(array.__array_interface__["data"][0])
 
 
 def _decode(parts: Sequence[tuple[Vector, _Piece]], out: NDArray[Any]) -> NDArray[np.int64]:
@@ -260,64 +268,58 @@ def gather(
     -------
     Minibatch
     """
-    lengths = [pick.window.lengths[pick.rows] for pick in picks]
-    indptr = np.zeros(sum(map(len, lengths)) + 1, np.int64)
-    np.cumsum(_joined(lengths, np.uint64), out=indptr[1:].view(np.uint64))
+    # A rank may have no cells of a last, short minibatch.
+    parts = [pick.window.rows[pick.rows] for pick in picks] or [np.empty((0, 6), np.int64)]
+    rows = np.concatenate(parts)
+    indptr = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum(rows[:, LENGTH], out=indptr[1:])
     nnz = int(indptr[-1])
     room.reserve(nnz, nnz)
     counts, indices = room.counts[:nnz], room.indices[:nnz]
-    to, at = indptr.view(np.uint64), 0
-    for pick, row_lengths in zip(picks, lengths, strict=True):
-        window, rows = pick.window, pick.rows
-        n = len(row_lengths)
-        copy_rows(
-            *(to[at : at + n], row_lengths),
-            *(window.counts_at[rows], window.buffers.counts, counts),
-            *(window.indices_at[rows], window.buffers.indices, indices),
-        )
-        at += n
+    copy_rows(rows, counts, indices)
+    has_batches = store.registry.batch_key is not None
     return Minibatch(
         indptr=indptr,
         indices=indices,
         counts=counts,
-        labels=_joined([pick.window.labels[pick.rows] for pick in picks], np.int32),
-        batches=None
-        if store.registry.batch_key is None
-        else _joined(
-            [p.window.batches[p.rows] for p in picks if p.window.batches is not None], np.int32
-        ),
-        cells=_joined([pick.window.cells[pick.rows] for pick in picks], np.int64),
+        labels=rows[:, LABEL].astype(np.int32),
+        batches=rows[:, BATCH].astype(np.int32) if has_batches else None,
+        cells=rows[:, CELL].copy(),
         n_genes=store.n_genes,
         n_global=n_global,
         step=step,
     )
 
 
-def _joined(parts: Sequence[NDArray[Any]], dtype: Any) -> NDArray[Any]:
-    # A rank may have no cells of a last, short minibatch.
-    return np.concatenate(parts) if parts else np.empty(0, dtype)
+def _build_copy(typing_context: Any, to: Any, source: Any, n: Any) -> Any:
+    """Copy `n` bytes between two addresses."""
+
+    def build(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        to, source, n = values
+        pointer = ir.IntType(8).as_pointer()
+        cgutils.raw_memcpy(
+            builder, builder.inttoptr(to, pointer), builder.inttoptr(source, pointer), n, 1
+        )
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, types.uint64, types.uint64), build
+
+
+_copy: Any = intrinsic(_build_copy)
 
 
 @compiled
-def copy_rows(
-    to: NDArray[np.uint64],
-    lengths: NDArray[np.uint64],
-    counts_at: NDArray[np.uint64],
-    counts: NDArray[Any],
-    out_counts: NDArray[Any],
-    indices_at: NDArray[np.uint64],
-    indices: NDArray[Any],
-    out_indices: NDArray[Any],
-) -> None:
-    """Copy row i, ``lengths[i]`` counts and indices, to ``to[i]`` of the outputs.
+def copy_rows(rows: NDArray[np.int64], counts: NDArray[Any], indices: NDArray[Any]) -> None:
+    """Copy the counts and indices of some windows' rows, one row after the other.
 
-    All positions are unsigned: signed ones may wrap around, and the checks for that keep the
-    copying loops from becoming vector instructions.
+    Whoever calls holds the windows, and with them the memory that the addresses lead to.
     """
-    for i in range(len(to)):
-        at, begin = to[i], counts_at[i]
-        for k in range(lengths[i]):
-            out_counts[at + k] = counts[begin + k]
-        begin = indices_at[i]
-        for k in range(lengths[i]):
-            out_indices[at + k] = indices[begin + k]
+    counts_to, indices_to = np.uint64(counts.ctypes.data), np.uint64(indices.ctypes.data)
+    for i in range(len(rows)):
+        n = np.uint64(rows[i, LENGTH] * counts.itemsize)
+        _copy(counts_to, np.uint64(rows[i, COUNTS_AT]), n)
+        counts_to += n
+    for i in range(len(rows)):
+        n = np.uint64(rows[i, LENGTH] * indices.itemsize)
+        _copy(indices_to, np.uint64(rows[i, INDICES_AT]), n)
+        indices_to += n

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
@@ -252,6 +253,16 @@ def test_an_error_in_the_thread_reaches_the_consumer(make_store, name, shuffle):
     file.write_bytes(damaged)
     with pytest.raises(StoreError, match=rf"the file {file} is damaged"):
         list(Loader(store, 64, shuffle=shuffle, **SMALL).epoch(0))
+    assert not loader_threads()
+
+
+def test_offsets_that_decrease_are_refused(make_store):
+    # A partition that another program wrote, without checksums: rows would be copied from anywhere.
+    made = make_store(n_partitions=1)
+    offsets = zarr.open_array(made.path / "dataset_0/X/indptr", mode="r+")
+    offsets[100] = offsets[100] + 10_000
+    with pytest.raises(StoreError, match=r"the offsets in dataset_0/X/indptr decrease"):
+        list(Loader(open_store(made.path), 64, **SMALL).epoch(0))
     assert not loader_threads()
 
 
