@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayvaec.data.blobs import Blobs
+from rayvaec.data.integrity import check_text, verify_partitions
 from rayvaec.data.manifest import Manifest, PartitionInfo, Segment
 from rayvaec.data.registry import Registry
 from rayvaec.data.remote import open_blobs
@@ -20,6 +21,8 @@ from rayvaec.errors import StoreError
 from rayvaec.location import Location
 
 SPLITS = ("train", "validation", "all")
+DESCRIPTION = "store.json"
+"""Name of what `Store.share` writes where an address is not enough."""
 
 Span = tuple[Vector, int, int]
 """An array, and a range of its elements."""
@@ -67,7 +70,7 @@ class Partition:
     def __init__(self, blobs: Blobs, info: PartitionInfo, registry: Registry) -> None:
         self._blobs, self._registry = blobs, registry
         self.info = info
-        self._required = frozenset(f"{info.name}/{path}" for path in info.files)
+        self._checksums = {f"{info.name}/{path}": found for path, found in info.files.items()}
 
     @cached_property
     def indptr(self) -> Vector:
@@ -109,12 +112,15 @@ class Partition:
 
     def names(self, start: int, stop: int) -> list[str]:
         """Return the names of a range of cells."""
-        vector = ZarrVector(self._blobs, f"{self.info.name}/obs/_index")
+        path = f"{self.info.name}/obs/_index"
+        key = f"{path}/zarr.json"
+        check_text(self._blobs, key, self._blobs.text(key) or "", self._checksums)
+        vector = ZarrVector(self._blobs, path)
         return [str(name) for name in vector.read(start, stop)]
 
     def _vector(self, path: str, n: int) -> Vector:
         path = f"{self.info.name}/{path}"
-        vector = open_vector(self._blobs, path, self._required)
+        vector = open_vector(self._blobs, path, self._checksums)
         if len(vector) != n:
             raise StoreError(
                 f"the array {self._blobs.locate(path)} has {len(vector)} elements and the "
@@ -326,16 +332,4 @@ class Store:
         StoreError
             If a file is missing or has other bytes; the message names it.
         """
-        for partition in self.partitions:
-            for path, checksum in partition.info.files.items():
-                file = self.path / partition.info.name / path
-                found = self._blobs.checksum(f"{partition.info.name}/{path}")
-                if found is None:
-                    raise StoreError(f"the file {file} is missing", "copy the store again")
-                if found != checksum:
-                    raise StoreError(
-                        f"the file {file} does not match its checksum: it was changed, damaged or "
-                        "cut short",
-                        "copy it again, or write the store again with "
-                        "`rayvaec prepare ... --overwrite`",
-                    )
+        verify_partitions(self._blobs, self.manifest.partitions)

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import google_crc32c
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 
 from rayvaec.data.blobs import Blobs, ByteRange, LocalBlobs
 from rayvaec.data.decode import checked, decode_chunks, read_chunks
+from rayvaec.data.integrity import check_text
 from rayvaec.data.layout import Layout
 from rayvaec.errors import StoreError
 
@@ -318,7 +320,9 @@ class ZarrVector:
         return 0
 
 
-def open_vector(blobs: Blobs, path: str, required: Collection[str] = ()) -> Vector:
+def open_vector(
+    blobs: Blobs, path: str, checksums: Mapping[str, str] = MappingProxyType({})
+) -> Vector:
     """Open a 1-d array, with the direct reader where it understands the array.
 
     Parameters
@@ -327,8 +331,8 @@ def open_vector(blobs: Blobs, path: str, required: Collection[str] = ()) -> Vect
         Where the files are.
     path : str
         The array's path in `blobs`.
-    required : collection of str
-        As in `ShardedVector`.
+    checksums : mapping of str to str, optional
+        Checksums of files that must exist, by path; the metadata is held to its own at once.
 
     Returns
     -------
@@ -345,6 +349,7 @@ def open_vector(blobs: Blobs, path: str, required: Collection[str] = ()) -> Vect
         if blobs.text(f"{path}/.zarray") is not None:  # Zarr v2
             return ZarrVector(blobs, path)
         raise StoreError(f"the file {blobs.locate(key)} is missing", "copy the store again")
+    check_text(blobs, key, text, checksums)
     try:
         metadata = json.loads(text)
     except ValueError as error:
@@ -354,4 +359,4 @@ def open_vector(blobs: Blobs, path: str, required: Collection[str] = ()) -> Vect
     layout = Layout.parse(metadata)
     if layout is None:
         return ZarrVector(blobs, path)
-    return ShardedVector(blobs, path, layout, required)
+    return ShardedVector(blobs, path, layout, checksums)

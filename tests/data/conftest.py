@@ -158,6 +158,13 @@ def make_store(tmp_path: Path) -> Callable[..., RandomStore]:
 
 
 @pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> RandomStore:
+    """40 cells in two partitions; who changes a file puts it back."""
+    path = tmp_path_factory.mktemp("tiny") / "store"
+    return write_random_store(path, n_cells=40, n_genes=9, n_batches=2)
+
+
+@pytest.fixture(scope="session")
 def random_store(tmp_path_factory: pytest.TempPathFactory) -> RandomStore:
     """2,345 cells in three partitions, 2,100 of them for training; not to be changed."""
     path = tmp_path_factory.mktemp("random") / "store"

@@ -117,7 +117,7 @@ def test_a_missing_shard_is_fill_value(tmp_path):
 def test_a_missing_shard_that_must_exist_is_an_error(tmp_path):
     write(tmp_path, np.arange(1, 101, dtype="uint16"))
     (tmp_path / "x/c/2").unlink()
-    vector = open_vector(LocalBlobs(tmp_path), "x", required={"x/c/1", "x/c/2"})
+    vector = open_vector(LocalBlobs(tmp_path), "x", {"x/c/1": "", "x/c/2": ""})
     vector.read(0, 48)
     with pytest.raises(StoreError, match=r"x/c/2 is missing"):
         vector.read(47, 49)

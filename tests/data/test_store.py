@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from rayvaec.data import open_store
+from rayvaec.data import Loader, open_store
+from rayvaec.data.checksums import folder_checksums
 from rayvaec.errors import StoreError
 
 
@@ -69,6 +70,14 @@ def test_a_store_without_batches(make_store):
     np.testing.assert_array_equal(dense(rows, 40), made.matrix)
 
 
+def list_files(path: Path, files: dict[str, str]) -> None:
+    """Have the manifest list other files for every partition."""
+    group = json.loads((path / "zarr.json").read_text())
+    for partition in group["attributes"]["rayvaec"]["partitions"]:
+        partition["files"] = files
+    (path / "zarr.json").write_text(json.dumps(group))
+
+
 def test_another_process_can_open_it(random_store):
     store = pickle.loads(pickle.dumps(open_store(random_store.path)))
     assert len(store.read(0, 5)) == 5
@@ -81,6 +90,7 @@ def test_arrays_of_another_layout_are_read_through_zarr(make_store):
     shutil.rmtree(made.path / "dataset_0")
     with anndata.settings.override(auto_shard_zarr_v3=False):
         write_elem(zarr.open_group(made.path, mode="a"), "dataset_0", part)
+    list_files(made.path, folder_checksums(made.path / "dataset_0"))
     rows = open_store(made.path).read(7, 250)
     np.testing.assert_array_equal(dense(rows, 40), made.matrix[7:250])
 
@@ -160,6 +170,80 @@ def test_verify_finds_a_missing_file(make_store):
         open_store(path).verify()
 
 
+def test_verify_finds_an_interrupted_copy_at_once(make_store, monkeypatch):
+    path = make_store(n_cells=20).path
+    files = files_of(path)
+    files[0].write_bytes(b"")
+    files[7].unlink()
+    files[9].unlink()
+    message = rf"the file {files[7]} is missing, and 1 more; copy the store again"
+    with pytest.raises(StoreError, match=message):
+        open_store(path).verify()
+    shutil.copy(files[6], files[7])
+    shutil.copy(files[6], files[9])
+    with pytest.raises(StoreError, match=rf"the file {files[0]} does not match its checksum"):
+        open_store(path).verify()
+
+
+def test_verify_says_how_far_it_is(make_store, caplog, monkeypatch):
+    path = make_store(n_cells=20).path
+    size = sum(file.stat().st_size for file in files_of(path))
+    with caplog.at_level("INFO", "rayvaec"):
+        open_store(path).verify()
+    assert f"verifying: {size} of {size} bytes" in caplog.text
+
+
+def everything(path: Path) -> list[bytes]:
+    """Return all that training and bulk work read of a store."""
+    store = open_store(path)
+    loader = Loader(store, 16, block_rows=4, buffer_rows=64, lanes=16)
+    parts = [
+        array.tobytes()
+        for m in loader.epoch(0)
+        for array in (m.indptr, m.indices, m.counts, m.labels, m.batches, m.cells)
+    ]
+    return [*parts, *(name.encode() for name in store.obs_names(0, store.n_cells))]
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_no_flipped_bit_is_trained_on(tiny_store, data):
+    whole = tiny_store.path
+    wanted = everything(whole)
+    file = data.draw(st.sampled_from(files_of(whole)))
+    content = file.read_bytes()
+    place = data.draw(st.integers(0, len(content) - 1))
+    bit = data.draw(st.integers(0, 7))
+    flipped = bytes([content[place] ^ (1 << bit)])
+    file.write_bytes(content[:place] + flipped + content[place + 1 :])
+    try:
+        with pytest.raises(StoreError, match=rf"the file {file} does not match its checksum"):
+            open_store(whole).verify()
+        try:
+            found = everything(whole)
+        except StoreError as error:
+            # zarr itself reads the names, and its errors name the array.
+            array = file.parent.parent if file.parent.name == "c" else file
+            assert str(array) in str(error)  # noqa: PT017
+        else:
+            assert found == wanted
+    finally:
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["X/data", "obs/cell_type/codes", "obs/_index"])
+@pytest.mark.parametrize("change", [('"fill_value":0', '"fill_value":1'), ('"/"', '"."')])
+def test_metadata_that_was_changed_is_not_followed(make_store, name, change):
+    # Either would be read as chunks of zeros or ones.
+    path = make_store(n_cells=20, n_partitions=1).path
+    file = path / "dataset_0" / name / "zarr.json"
+    text = json.dumps(json.loads(file.read_text()), separators=(",", ":"))
+    file.write_text(text.replace(*change))
+    store = open_store(path)
+    with pytest.raises(StoreError, match=rf"the file {file} does not match its checksum"):
+        _ = store.read(0, 20), store.obs_names(0, 20)
+
+
 @pytest.mark.parametrize("name", ["X/data", "X/indices", "X/indptr", "obs/cell_type/codes"])
 def test_reading_names_the_file_that_is_cut_short_damaged_or_missing(make_store, name):
     path = make_store().path
@@ -179,6 +263,7 @@ def test_reading_names_the_file_that_is_cut_short_damaged_or_missing(make_store,
 
 def test_an_array_of_another_length_is_refused(make_store):
     small, large = make_store("small", n_cells=20).path, make_store("large").path
+    list_files(large, {})
     shutil.rmtree(large / "dataset_1/X")
     shutil.copytree(small / "dataset_1/X", large / "dataset_1/X")
     with pytest.raises(StoreError, match=r"X/indptr has 14 elements and the manifest speaks of"):
