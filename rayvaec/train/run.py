@@ -176,6 +176,28 @@ def check_resumable(out: Path, store: Store, config: TrainConfig | None) -> Trai
     return config
 
 
+def finished(out: Path, config: TrainConfig) -> dict[str, Any] | None:
+    """Return the result of a run that has nothing left to do, None for any other.
+
+    Parameters
+    ----------
+    out : Path
+        The run folder; `check_resumable` has passed.
+    config : TrainConfig
+        How the run would go on, resolved.
+
+    Returns
+    -------
+    dict or None
+        What `TrainLoop.run` returned.
+    """
+    info = read_run(out)
+    if info.status != "finished" or info.result is None:
+        return None
+    ended = info.result["stopped"] == "patience" or info.result["epoch"] >= config.max_epochs
+    return info.result if ended else None
+
+
 def begin(out: Path, store: Store, config: TrainConfig) -> None:
     """Make the folder of a new run; an older one there is removed.
 

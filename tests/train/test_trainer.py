@@ -13,6 +13,7 @@ import torch
 from rayvaec.data.store import open_store
 from rayvaec.errors import ConfigError, StoreError
 from rayvaec.model.saved import read_model
+from rayvaec.train import run as folder
 from rayvaec.train.config import TrainConfig
 from rayvaec.train.loop import TrainLoop
 from rayvaec.train.metrics import read_epochs, read_records
@@ -73,6 +74,22 @@ def test_one_worker_comes_to_the_same_elbo(
 
 
 @pytest.mark.ray
+def test_a_finished_run_is_not_started_again(
+    finished: RunResult, store_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_ray() -> None:
+        raise AssertionError("Ray is not needed")
+
+    monkeypatch.setattr("rayvaec.train.trainer.ray_session", no_ray)
+    again = train(store_path, finished.run, resume=True)
+    assert (again.epochs, again.best_elbo, again.stopped) == (5, finished.best_elbo, "max_epochs")
+    assert (again.model, again.startup_seconds) == (finished.model, 0.0)
+    more = TrainConfig.from_json({**SETTINGS, "num_workers": 2, "max_epochs": 6})
+    with pytest.raises(AssertionError, match="Ray is not needed"):
+        train(store_path, finished.run, more, resume=True)
+
+
+@pytest.mark.ray
 def test_a_killed_run_is_resumed_to_the_same_bits(
     finished: RunResult, store_path: Path, tmp_path: Path
 ) -> None:
@@ -82,6 +99,7 @@ def test_a_killed_run_is_resumed_to_the_same_bits(
     shutil.rmtree(run / "last")
     older, newer = sorted((run / "checkpoints").glob("step_*"))
     (newer / "state.json").unlink()
+    folder.note_end(run, "running")
     (run / "checkpoints" / "checkpoint_manager_snapshot.json").write_text('{"ray_ver')
     result = train(store_path, run, resume=True)
     assert result.epochs == 5
