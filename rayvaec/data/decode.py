@@ -104,9 +104,8 @@ def decode_chunks(
         return _decode_native(DECOMPRESS, CRC32C, encoded, places, out, chunk_bytes, crc)
     first = int(places[0, 0]) if len(places) else 0
     for k, (begin, length) in enumerate(places.tolist()):
-        chunk: NDArray[np.uint8] | None = encoded[begin - first : begin - first + length]
-        if crc:
-            chunk = checked(chunk)
+        stored = encoded[begin - first : begin - first + length]
+        chunk = checked(stored) if crc else stored
         if chunk is None or not _decode_one(chunk, out[k * chunk_bytes : (k + 1) * chunk_bytes]):
             return k
     return -1
@@ -201,7 +200,7 @@ _crc32c: Any = intrinsic(_build_crc32c)
 
 
 @compiled
-def _number(encoded: NDArray[np.uint8], at: int) -> int:
+def _number(encoded: NDArray[np.uint8], at: int) -> Any:
     """Return the little-endian uint32 at a place."""
     value = np.int64(0)
     for byte in range(4):

@@ -207,9 +207,8 @@ class ShardedVector:
             return decode_chunks(run, places.view(np.int64), out.view(np.uint8), size, crc)
         first = int(places[0, 0])
         for k, (begin, length) in enumerate(places.tolist()):
-            chunk: NDArray[np.uint8] | None = run[begin - first : begin - first + length]
-            if crc:
-                chunk = checked(chunk)
+            stored = run[begin - first : begin - first + length]
+            chunk = checked(stored) if crc else stored
             if chunk is None or len(chunk) != size:
                 return k
             out[k * self._layout.chunk : (k + 1) * self._layout.chunk].view(np.uint8)[:] = chunk

@@ -224,14 +224,26 @@ def test_every_truncation_is_found(tmp_path, codecs, length, index):
         opened(tmp_path).read(0, 30)
 
 
-@pytest.fixture(params=["native", "numcodecs"])
+@pytest.fixture(params=["one call", "two calls", "numcodecs"])
 def decoder(request, monkeypatch):
-    """Chunks decoded in one call, and one by one as where blosc's function is not exported."""
+    """Chunks read and decoded in one call, in two, and one by one: where no C function is found."""
     from rayvaec.data import decode
 
     assert decode.DECOMPRESS, "numcodecs does not export blosc_decompress_ctx here"
+    assert decode.CRC32C, "google_crc32c does not export crc32c_value here"
+    assert decode.PREAD, "the C library does not export pread64 here"
+    if request.param != "one call":
+        monkeypatch.setattr(decode, "PREAD", 0)
     if request.param == "numcodecs":
         monkeypatch.setattr(decode, "DECOMPRESS", 0)
+
+
+def test_local_chunks_are_read_in_one_call(tmp_path, monkeypatch):
+    write(tmp_path, np.arange(1, 31, dtype="uint16"), 8, 4, "zstd")
+    vector = opened(tmp_path)
+    vector.read(0, 30)  # the indexes
+    monkeypatch.setattr(LocalBlobs, "read", None)
+    assert vector.read(3, 29).tolist() == list(range(4, 30))
 
 
 @pytest.mark.parametrize("codecs", ["none", "zstd"])
