@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -254,6 +256,65 @@ def test_an_error_in_the_thread_reaches_the_consumer(make_store, name, shuffle):
     with pytest.raises(StoreError, match=rf"the file {file} is damaged"):
         list(Loader(store, 64, shuffle=shuffle, **SMALL).epoch(0))
     assert not loader_threads()
+
+
+@pytest.mark.parametrize("name", ["X/indices", "obs/cell_type/codes"])
+@pytest.mark.parametrize("how", ["missing", "cut short"])
+def test_an_interrupted_copy_is_named_in_training(make_store, name, how):
+    made = make_store(n_cells=2000, rows_per_chunk=1)
+    file = made.path / "dataset_1" / name / "c/0"
+    if how == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(StoreError, match=rf"the file {file} is (missing|damaged or cut short)"):
+        list(Loader(open_store(made.path), 64, **SMALL).epoch(0))
+    assert not loader_threads()
+
+
+def test_a_failure_of_the_consumer_ends_the_threads(random_store):
+    def train(loader: Loader) -> None:
+        for _ in loader.epoch(0):
+            raise ValueError("the loss is NaN")
+
+    loader = Loader(open_store(random_store.path), 64, **SMALL)
+    with pytest.raises(ValueError, match="the loss is NaN") as caught:
+        train(loader)
+    del caught
+    gc.collect()
+    assert not loader_threads()
+
+
+def test_a_process_ends_though_an_epoch_does_not(random_store):
+    code = (
+        "from rayvaec.data import Loader, open_store\n"
+        f"loader = Loader(open_store({str(random_store.path)!r}), 64, block_rows=8, "
+        "buffer_rows=512)\n"
+        "minibatches = loader.epoch(0)\n"
+        "print(len(next(minibatches)))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert (ended.stdout, ended.stderr) == ("64\n", "")
+
+
+@pytest.mark.parametrize("n_cells", [1_000, 10_000])
+def test_memory_does_not_grow_with_the_store(make_store, monkeypatch, n_cells):
+    store = open_store(make_store(n_cells=n_cells, n_genes=20).path)
+    one = Buffers(store)
+    made: list[Buffers] = []
+    start = Buffers.__init__
+
+    def counting(self, store):
+        made.append(self)
+        start(self, store)
+
+    monkeypatch.setattr(Buffers, "__init__", counting)
+    for _ in Loader(store, 64, prefetch=2, **SMALL).epoch(0):
+        pass
+    held = sum(room.counts.nbytes + room.indices.nbytes for room in made)
+    assert held <= (2 * 16 + 4) * (one.counts.nbytes + one.indices.nbytes)
 
 
 def test_offsets_that_decrease_are_refused(make_store):
