@@ -152,10 +152,13 @@ def add_inspect(verbs: Verbs) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> None:
     path = location(arguments.path)
-    if isinstance(path, Url) or (path / "zarr.json").exists():
-        from rayvaec.data.describe import describe_store
-        from rayvaec.data.store import open_store
+    if isinstance(path, Url) or _is_zarr(path):
+        from rayvaec.data.describe import describe_foreign, describe_store
+        from rayvaec.data.store import is_foreign, open_store
 
+        if is_foreign(path) and not arguments.verify:
+            print(describe_foreign(path))
+            return
         store = open_store(path)
         print(describe_store(store))
         if arguments.verify:
@@ -176,3 +179,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
     else:
         what = "is no store, model or run" if path.exists() else "does not exist"
         raise StoreError(f"{path} {what}", "give a folder that rayvaec wrote")
+
+
+def _is_zarr(path: Path) -> bool:
+    """Return whether a path is a Zarr group's, or may be a store's description."""
+    return path.suffix == ".json" or any((path / n).exists() for n in ("zarr.json", ".zgroup"))

@@ -168,7 +168,8 @@ class _Audit:
         # Sums of whole numbers below 2**53 are exact in bincount's float64.
         self.gene_totals += np.bincount(indices, counts, self._n_genes).astype(np.int64)
         self.largest = max(self.largest, int(counts.max(initial=0)))
-        for part, values in zip(self._hashes, (np.diff(offsets), indices, counts), strict=True):
+        contents: tuple[NDArray[Any], ...] = (np.diff(offsets), indices, counts)
+        for part, values in zip(self._hashes, contents, strict=True):
             part.update(values.astype("<u4").data)
 
     def _counts(

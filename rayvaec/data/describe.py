@@ -6,8 +6,9 @@ from typing import Any
 
 from rayvaec.data.manifest import Manifest
 from rayvaec.data.names import listing
+from rayvaec.data.remote import open_blobs
 from rayvaec.data.store import Store
-from rayvaec.location import Url
+from rayvaec.location import Location, Url
 
 
 def describe_store(store: Store) -> str:
@@ -35,7 +36,10 @@ def describe_store(store: Store) -> str:
         rows.append(("batches", batches))
     rows += [
         ("stored", _stored(store)),
-        ("written", f"{manifest.created} by rayvaec {manifest.rayvaec_version}"),
+        (
+            "written" if manifest.partitions[0].files else "surveyed",
+            f"{manifest.created} by rayvaec {manifest.rayvaec_version}",
+        ),
     ]
     rows += [("from", _source(source)) for source in manifest.sources[:10]]
     if len(manifest.sources) > 10:
@@ -43,11 +47,47 @@ def describe_store(store: Store) -> str:
     return "\n".join([f"store {store.path}", *(f"  {key:8} {text}" for key, text in rows)])
 
 
+def describe_foreign(where: Location) -> str:
+    """Describe an AnnData Zarr or a collection that rayvaec did not write, without reading it all.
+
+    Parameters
+    ----------
+    where : Path or Url
+        Where it lies.
+
+    Returns
+    -------
+    str
+        Some lines, the last one with the command that trains on it.
+
+    Raises
+    ------
+    StoreError, CountsError
+        If it cannot be read, or could not be trained on.
+    """
+    from rayvaec.data.members import open_members  # brings anndata
+
+    members = open_members(where, open_blobs(where))
+    first, n_cells = members[0], sum(member.n_cells for member in members)
+    values = first.vector("X/data")
+    shared = [key for key in first.columns if all(key in member.columns for member in members)]
+    rows = [
+        ("cells", f"{n_cells:,} in {len(members):,} AnnData"),
+        ("genes", f"{first.n_genes:,}: {listing(first.genes, 3)}"),
+        ("counts", f"CSR of {values.dtype}, not checked yet"),
+        ("columns", listing(shared, 30)),
+        ("next", f"rayvaec train {where} --out RUN --labels-key KEY"),
+    ]
+    title = f"AnnData that rayvaec did not write: {where}"
+    return "\n".join([title, *(f"  {key:8} {text}" for key, text in rows)])
+
+
 def _cells(manifest: Manifest) -> str:
+    own = bool(manifest.partitions[0].files)
     return (
         f"{manifest.n_cells:,}: {manifest.n_train:,} for training, "
-        f"{manifest.n_cells - manifest.n_train:,} for validation, shuffled with seed "
-        f"{manifest.seed}"
+        f"{manifest.n_cells - manifest.n_train:,} for validation, "
+        f"{'shuffled' if own else 'drawn'} with seed {manifest.seed}"
     )
 
 
@@ -80,6 +120,8 @@ def _labels(manifest: Manifest) -> str:
 def _stored(store: Store) -> str:
     partitions = store.manifest.partitions
     named = f"{len(partitions):,} partition{'s' * (len(partitions) > 1)}"
+    if not partitions[0].files:
+        return f"as {named} of AnnData, not by rayvaec"
     if isinstance(store.path, Url):  # their sizes would take a request each
         return f"{sum(len(partition.files) for partition in partitions):,} files in {named}"
     n_bytes = sum(path.stat().st_size for path in store.path.rglob("*") if path.is_file())

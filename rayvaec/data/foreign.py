@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from rayvaec.data.collection import Partition, Store
+from rayvaec.data.collection import DESCRIPTION, Partition, Store
 from rayvaec.data.lanes import permutation
 from rayvaec.data.manifest import Manifest, PartitionInfo, Segment
 from rayvaec.data.members import CastVector, CodedColumn, Member, open_members
@@ -30,7 +30,6 @@ from rayvaec.errors import StoreError
 from rayvaec.files import write_json
 from rayvaec.location import Location, location
 
-DESCRIPTION = "store.json"
 FORMAT_VERSION = 1
 SPLIT_SEED = 0
 VAL_FRACTION = 0.1
@@ -171,7 +170,7 @@ class ForeignStore(Store):
         if store_digest(members, manifest.registry) != findings.digest:
             raise StoreError(
                 f"{path} is not what it was when it was surveyed",
-                "name the store itself, with --labels-key, so that it is surveyed again",
+                "survey it again: name the store itself, with --labels-key, in a new run",
             )
         super().__init__(path, manifest, members[0].blobs)
 

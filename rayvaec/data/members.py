@@ -172,8 +172,11 @@ class Member:
 
     def names(self, start: int, stop: int) -> list[str]:
         """Return the names of a range of cells."""
-        vector = ZarrVector(self.blobs, self._names.path)
-        return [str(name) for name in vector.read(start, stop)]
+        return [str(name) for name in self._name_vector.read(start, stop)]
+
+    @cached_property
+    def _name_vector(self) -> Vector:
+        return ZarrVector(self.blobs, self._names.path)
 
     def vector(self, path: str) -> Vector:
         """Open an array of this AnnData."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rayvaec.data.collection import SPLITS, Partition, Rows, Store
+from rayvaec.data.collection import DESCRIPTION, SPLITS, Partition, Rows, Store
 from rayvaec.data.groups import COLLECTION, group_attributes
 from rayvaec.data.manifest import Manifest
 from rayvaec.data.obs_keys import ObsKeys
 from rayvaec.data.remote import open_blobs
 from rayvaec.errors import StoreError
-from rayvaec.location import Url, location
+from rayvaec.location import Location, Url, location
 
-__all__ = ["SPLITS", "Partition", "Rows", "Store", "open_store"]
+__all__ = ["DESCRIPTION", "SPLITS", "Partition", "Rows", "Store", "is_foreign", "open_store"]
 
 
 def open_store(path: Path | str | Url, keys: ObsKeys | None = None) -> Store:
@@ -54,7 +54,7 @@ def open_store(path: Path | str | Url, keys: ObsKeys | None = None) -> Store:
     attributes = attributes or {}
     if "rayvaec" in attributes:
         return Store(where, Manifest.from_json(attributes["rayvaec"], str(where)), blobs)
-    if attributes.get("encoding-type") in ("anndata", COLLECTION):
+    if attributes.get("encoding-type") in FOREIGN:
         if keys is None:
             raise StoreError(
                 f"{where} is not a store that rayvaec wrote",
@@ -75,6 +75,28 @@ def open_store(path: Path | str | Url, keys: ObsKeys | None = None) -> Store:
     )
 
 
+def is_foreign(where: Location) -> bool:
+    """Return whether there is an AnnData Zarr or a collection that rayvaec did not write.
+
+    Parameters
+    ----------
+    where : Path or Url
+        A folder, which need not exist.
+
+    Returns
+    -------
+    bool
+
+    Raises
+    ------
+    StoreError, ConfigError
+        As `open_store`, where it cannot be reached.
+    """
+    attributes = group_attributes(open_blobs(where)) or {}
+    return "rayvaec" not in attributes and attributes.get("encoding-type") in FOREIGN
+
+
+FOREIGN = ("anndata", COLLECTION)
 _PREPARE = "rayvaec prepare INPUT... --out"
 
 

@@ -20,6 +20,7 @@ import zarr
 
 import rayvaec
 from rayvaec.data.names import listing
+from rayvaec.data.obs_keys import ObsKeys
 from rayvaec.data.store import Store, open_store
 from rayvaec.errors import ConfigError, RayvaecError
 from rayvaec.files import check_free
@@ -166,7 +167,10 @@ def _run(
     where, out = location(store_path), Path(out)
     check_job_paths([Path(model_path), out], [where])
     check_free(out, overwrite)
-    model, store = load_model(model_path), open_store(where)
+    model = load_model(model_path)
+    # Of its own stores rayvaec knows the columns; of others, those that the model was trained on.
+    keys = ObsKeys(model.registry.labels_key, model.registry.batch_key)
+    store = open_store(where, keys).as_stored()
     cells = StoreCells(store, model.registry)
     if cells.extra_genes:
         logger.info(
@@ -180,7 +184,13 @@ def _run(
         region = _region_rows(quantity, model, store)
         ledger = _begin(quantity, model, store, out.absolute(), region, use_gpu)
         work = Work(
-            *(os.path.abspath(model_path), str(store.path), model.hash, store.hash, quantity),
+            *(
+                os.path.abspath(model_path),
+                store.share(ledger.folder),
+                model.hash,
+                store.hash,
+                quantity,
+            ),
             *(str(ledger.output), str(ledger.parts), region, _device(use_gpu)),
         )
         try:

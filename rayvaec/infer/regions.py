@@ -26,7 +26,7 @@ class Work:
     Parameters
     ----------
     model, store : str
-        Absolute paths.
+        Absolute path; absolute path, URL or what `Store.share` returned.
     model_hash, store_hash : str
         What must lie there.
     quantity : Quantity or Draws
@@ -73,7 +73,7 @@ class RegionWorker:
 
     @cached_property
     def _store(self) -> Store:
-        store = open_store(self._work.store)
+        store = open_store(self._work.store).as_stored()
         self._check("store", self._work.store, store.hash, self._work.store_hash)
         return store
 

@@ -200,6 +200,7 @@ class FileServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # or an answer would wait for the ack of its head
 
             def log_message(self, *_: object) -> None: ...
 
