@@ -3,18 +3,25 @@
 Writes a random store in a temporary folder (or takes ``--store``), then times, in turns and with
 a warm cache: an epoch of the loader, alone and beside computing on one core; reading the same runs
 of rows in the same order by slicing zarr arrays, without gathering them; and reading the shard
-files of X and decompressing every chunk once, in one thread.
+files of X and decompressing every chunk once, in one thread. Where annbatch is installed (Python
+3.12; `benchmarks/annbatch_check.py` says how), also its shuffled epoch of the same store, with
+blocks and buffer of the same sizes, alone and beside the same computing.
+
+Cells per second of CPU time, over all threads, come beside those of the clock: on a machine that
+others use they say more.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numcodecs.blosc
@@ -131,15 +138,37 @@ class RawChunks:
         return self._cells
 
 
-def run_loader(loader: Loader, epoch: int, compute_s: float = 0.0) -> int:
-    """Go through an epoch, computing for some seconds a minibatch; return how many cells came."""
+def consume(sizes: Iterable[int], compute_s: float) -> int:
+    """Go through minibatches, computing for some seconds each; return how many cells came."""
     matrix, cells = np.ones((256, 256), np.float32), 0
-    for minibatch in loader.epoch(epoch):
-        cells += len(minibatch)
+    for size in sizes:
+        cells += size
         until = time.perf_counter() + compute_s
         while time.perf_counter() < until:
             matrix @ matrix
     return cells
+
+
+def run_loader(loader: Loader, epoch: int, compute_s: float = 0.0) -> int:
+    """Go through an epoch of the loader; return how many cells came."""
+    return consume(map(len, loader.epoch(epoch)), compute_s)
+
+
+def run_annbatch(store: Store, batch_size: int, compute_s: float = 0.0) -> int:
+    """Go through a shuffled epoch of annbatch; return how many cells came."""
+    from annbatch import DatasetCollection
+    from annbatch import Loader as AnnbatchLoader
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="It is highly recommended to make your")
+        collection = DatasetCollection(store.path, mode="r")
+    loader = AnnbatchLoader(
+        batch_size=batch_size,
+        chunk_size=BLOCK_ROWS,
+        preload_nchunks=BUFFER_ROWS // BLOCK_ROWS,
+        shuffle=True,
+    ).use_collection(collection)
+    return consume((minibatch["X"].shape[0] for minibatch in loader), compute_s)
 
 
 def run_zarr(store: Store, n_blocks: int) -> int:
@@ -160,14 +189,14 @@ def run_zarr(store: Store, n_blocks: int) -> int:
     return end
 
 
-def rate(work: Callable[[], int]) -> float:
-    """Return cells per second."""
-    started = time.perf_counter()
+def rates(work: Callable[[], int]) -> tuple[float, float]:
+    """Return cells per second of the clock and of CPU time."""
+    started, cpu_started = time.perf_counter(), time.process_time()
     cells = work()
-    return cells / (time.perf_counter() - started)
+    return cells / (time.perf_counter() - started), cells / (time.process_time() - cpu_started)
 
 
-def measure(store: Store, options: argparse.Namespace) -> dict[str, list[float]]:
+def measure(store: Store, options: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
     """Time every way, in turns."""
     loader = Loader(
         *(store, options.batch_size),
@@ -176,15 +205,21 @@ def measure(store: Store, options: argparse.Namespace) -> dict[str, list[float]]
         buffer_rows=BUFFER_ROWS,
         threads=options.threads,
     )
-    raw = RawChunks(store)
+    raw, size, compute_s = RawChunks(store), options.batch_size, options.compute_ms / 1000
+    ways: dict[str, Callable[[int], int]] = {
+        "beside": lambda epoch: run_loader(loader, epoch, compute_s),
+        "loader": lambda epoch: run_loader(loader, epoch),
+        "raw": lambda epoch: raw.run(),
+        "zarr": lambda epoch: run_zarr(store, options.zarr_blocks),
+    }
+    if importlib.util.find_spec("annbatch"):
+        ways["annbatch"] = lambda epoch: run_annbatch(store, size)
+        ways["annbatch_beside"] = lambda epoch: run_annbatch(store, size, compute_s)
     run_loader(loader, 0)
-    times: dict[str, list[float]] = {"loader": [], "beside": [], "zarr": [], "raw": []}
-    compute_s = options.compute_ms / 1000
-    for i in range(options.rounds):
-        times["beside"].append(rate(lambda i=i: run_loader(loader, i + 1, compute_s)))
-        times["loader"].append(rate(lambda i=i: run_loader(loader, i + 1)))
-        times["raw"].append(rate(raw.run))
-        times["zarr"].append(rate(lambda: run_zarr(store, options.zarr_blocks)))
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for epoch in range(1, options.rounds + 1):
+        for name, way in ways.items():
+            times[name].append(rates(lambda way=way, epoch=epoch: way(epoch)))
     return times
 
 
@@ -213,7 +248,11 @@ def main() -> None:
         store = open_store(folder)
         times = measure(store, options)
         stored = sum(file.stat().st_size for file in folder.glob("dataset_*/X/**/*"))
-    medians = {name: round(statistics.median(values)) for name, values in times.items()}
+    medians = {
+        name: round(statistics.median(clock for clock, _ in values))
+        for name, values in times.items()
+    }
+    cpu = {name: round(statistics.median(cpu for _, cpu in times[name])) for name in times}
     setup = {
         "n_cells": store.n_cells,
         "n_genes": store.n_genes,
@@ -237,6 +276,10 @@ def main() -> None:
         "compute_alone": round(options.batch_size / options.compute_ms * 1000),
         "raw_decompression": medians["raw"],
         "ratio_to_raw": round(medians["loader"] / medians["raw"], 2),
+        "annbatch": medians.get("annbatch"),
+        "annbatch_beside": medians.get("annbatch_beside"),
+        "cpu": {name: cpu[name] for name in ("loader", "raw")},
+        "cpu_ratio_to_raw": round(cpu["loader"] / cpu["raw"], 2),
         "setup": setup,
     }
     print(json.dumps(result))
