@@ -24,6 +24,13 @@ def add_train(verbs: Verbs) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verb.add_argument("store", metavar="STORE", help="folder, or s3://, gs://, https://")
+    verb.add_argument(
+        "--labels-key",
+        metavar="KEY",
+        help="obs column of labels, of an AnnData Zarr or annbatch collection that `prepare` did "
+        "not write",
+    )
+    verb.add_argument("--batch-key", metavar="KEY", help="its obs column of batches")
     add_out(verb, "RUN", "run folder: best and last model, checkpoints, metrics")
     verb.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON with settings")
     verb.add_argument(
@@ -58,13 +65,17 @@ def _train(arguments: argparse.Namespace) -> None:
         **{name: getattr(arguments, name) for name in flags},
     )
     result = train(
-        arguments.store, out, config, resume=arguments.resume, overwrite=arguments.overwrite
+        arguments.store,
+        out,
+        config,
+        labels_key=arguments.labels_key,
+        batch_key=arguments.batch_key,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
     )
     elbo = "" if result.best_elbo is None else f", validation ELBO {result.best_elbo:.2f}"
-    print(
-        f"trained {result.epochs} epochs in {result.seconds:.0f} s "
-        f"(start-up {result.startup_seconds:.0f} s)"
-    )
+    start = f" (start-up {result.startup_seconds:.0f} s)" if result.startup_seconds else ""
+    print(f"trained {result.epochs} epochs in {result.seconds:.0f} s{start}")
     print(f"best model: {out}/model (epoch {result.best_epoch}{elbo})")
     print(f"next: rayvaec sample {out}/model {arguments.store} --out OUT.zarr --n-samples 10")
     print(f"      rayvaec serve {out}/model")

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayvaec.data.store import Store, open_store
+from rayvaec.data.obs_keys import ObsKeys
+from rayvaec.data.store import DESCRIPTION, Store, open_store
 from rayvaec.errors import ConfigError, RayvaecError, StoreError
 from rayvaec.files import remove
-from rayvaec.location import Url, location
+from rayvaec.location import Location, Url, location
 from rayvaec.runtime import check_job_paths, check_seen, ray_session
 from rayvaec.train import run as folder
 from rayvaec.train.artefacts import BEST, LAST
@@ -54,7 +55,7 @@ class RunResult:
     seconds : float
         Time spent on training, over all resumes.
     startup_seconds : float
-        From the call to the first step: Ray, workers, imports.
+        From the call to the first step: Ray, workers, imports; 0 where nothing was left to do.
     """
 
     run: Path
@@ -73,6 +74,8 @@ def train(
     out: Path | str,
     config: TrainConfig | None = None,
     *,
+    labels_key: str | None = None,
+    batch_key: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> RunResult:
@@ -89,6 +92,9 @@ def train(
     config : TrainConfig, optional
         How to train; by default the default recipe or, with `resume`, what the run was started
         with.
+    labels_key, batch_key : str, optional
+        The obs columns of labels and batches of an AnnData Zarr or annbatch collection that
+        `prepare` did not write; a store has its own.
     resume : bool
         Go on with the run in `out` from its last checkpoint.
     overwrite : bool
@@ -111,7 +117,10 @@ def train(
     called = time.monotonic()
     where = location(store)
     check_job_paths([Path(out)], [where])
-    opened, out = open_store(where), Path(out).absolute()
+    out = Path(out).absolute()
+    if not resume:
+        folder.check_new(out, overwrite)  # before a store is surveyed, which may take long
+    opened = _open(where, out if resume else None, labels_key, batch_key)
     if opened.n_train < 1:
         raise StoreError(
             f"the store {opened.path} has no training cells",
@@ -121,9 +130,11 @@ def train(
         raise ConfigError("--resume and --overwrite exclude each other", "give one of them")
     if resume:
         config = folder.check_resumable(out, opened, config)
-    else:
-        folder.check_new(out, overwrite)
     config = (config or TrainConfig()).resolved(opened.n_train)
+    done = folder.finished(out, config) if resume else None
+    if done is not None:
+        logger.info("the run %s is finished: a larger --max-epochs goes on with it", out)
+        return _result(out, done, startup_seconds=0.0)
     with ray_session():
         cpus = check_resources(config)
         check_seen([opened.path], [out])
@@ -134,6 +145,10 @@ def train(
             folder.begin(out, opened, config)
         summary, started_at = _fit_and_follow(opened, out, config, cpus, resume_from)
     drop_old_checkpoints(out / folder.CHECKPOINTS, CHECKPOINTS_KEPT)
+    return _result(out, summary, startup_seconds=started_at - called)
+
+
+def _result(out: Path, summary: dict[str, Any], startup_seconds: float) -> RunResult:
     return RunResult(
         out,
         out / BEST,
@@ -143,8 +158,34 @@ def train(
         best_elbo=summary["best_elbo"],
         stopped=summary["stopped"],
         seconds=summary["seconds"],
-        startup_seconds=started_at - called,
+        startup_seconds=startup_seconds,
     )
+
+
+def _open(
+    where: Location, resumed: Path | None, labels_key: str | None, batch_key: str | None
+) -> Store:
+    """Open a store; one that a resumed run has surveyed is not surveyed again."""
+    keys = None if labels_key is None else ObsKeys(labels_key, batch_key)
+    named = where.absolute() if isinstance(where, Path) else where
+    surveyed = None if resumed is None else resumed / DESCRIPTION
+    if surveyed is not None and surveyed.is_file():
+        store = open_store(surveyed)
+        if named not in (surveyed, store.path):
+            store = open_store(where, keys)
+    else:
+        store = open_store(where, keys)
+    registry = store.registry
+    for option, wanted, found in (
+        ("--labels-key", labels_key, registry.labels_key),
+        ("--batch-key", batch_key, registry.batch_key),
+    ):
+        if wanted is not None and wanted != found:
+            raise ConfigError(
+                f"{option} is {wanted} and the store {store.path} was made with {found or 'none'}",
+                f"leave out {option}, or prepare the store again",
+            )
+    return store
 
 
 def _fit_and_follow(
@@ -210,7 +251,7 @@ def _fit(
     trainer = api.torch.TorchTrainer(
         train_worker,
         train_loop_config={
-            "store": str(store.path),
+            "store": store.share(out),
             "run": str(out),
             "config": config.to_json(),
             "resume_from": None if resume_from is None else str(resume_from),
