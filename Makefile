@@ -3,13 +3,16 @@ VENV ?= .venv
 EXTRAS ?= test
 INSTALLED = $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: demo test lint format clean
+.PHONY: demo test chaos lint format clean
 
 demo: $(INSTALLED)  ## everything on a synthetic atlas, in a few minutes on two cores
 	$(VENV)/bin/rayvaec demo --out demo-output --overwrite
 
 test: $(INSTALLED)  ## the test suite
 	$(VENV)/bin/pytest
+
+chaos: $(INSTALLED)  ## runs that are killed and disturbed, about half an hour on two cores
+	$(VENV)/bin/pytest tests/chaos -m chaos
 
 lint: $(INSTALLED)  ## style, docstrings and types
 	$(VENV)/bin/ruff check .

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,17 @@ def model_path(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     path = tmp_path_factory.mktemp("model") / "model"
     save_model(path, module, registry.to_json(), {"store_hash": manifest.hash()})
     return path
+
+
+@pytest.fixture(scope="session")
+def descendants() -> Callable[[int], Iterator[tuple[int, bytes]]]:
+    """Find the processes below one: their numbers and command lines."""
+
+    def below(pid: int) -> Iterator[tuple[int, bytes]]:
+        for task in Path(f"/proc/{pid}/task").glob("*/children"):
+            with suppress(OSError):  # processes come and go
+                for child in map(int, task.read_text().split()):
+                    yield child, Path(f"/proc/{child}/cmdline").read_bytes()
+                    yield from below(child)
+
+    return below

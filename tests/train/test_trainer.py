@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,7 @@ from rayvaec.model.saved import read_model
 from rayvaec.train import run as folder
 from rayvaec.train.config import TrainConfig
 from rayvaec.train.loop import TrainLoop
-from rayvaec.train.metrics import read_epochs, read_records
+from rayvaec.train.metrics import read_attempts, read_epochs, read_records
 from rayvaec.train.trainer import RunResult, train
 
 # Ray Train makes a context of Ray Data, whose constructor warns of its own fields.
@@ -87,6 +91,31 @@ def test_a_finished_run_is_not_started_again(
     more = TrainConfig.from_json({**SETTINGS, "num_workers": 2, "max_epochs": 6})
     with pytest.raises(AssertionError, match="Ray is not needed"):
         train(store_path, finished.run, more, resume=True)
+
+
+@pytest.mark.ray
+def test_a_run_is_reproduced_by_its_config_though_a_worker_is_killed(
+    finished: RunResult, store_path: Path, tmp_path: Path, descendants: Callable[..., Any]
+) -> None:
+    run, killed = tmp_path / "again", list[int]()
+
+    def kill() -> None:
+        while not (run / "progress.json").exists():
+            time.sleep(0.002)
+        workers = (pid for pid, name in descendants(os.getpid()) if b"RayTrainWorker" in name)
+        killed.append(next(workers))
+        os.kill(killed[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    train(store_path, run, TrainConfig.from_options(finished.run / "config.json"))
+    killer.join()
+    assert [attempt["num_workers"] for attempt in read_attempts(run)] == [2, 2], killed
+    for name, value in weights(finished.run).items():
+        assert torch.equal(weights(run)[name], value), name
+    assert [(r["step"], r["train_loss"], r["val_elbo"]) for r in read_records(run)] == [
+        (r["step"], r["train_loss"], r["val_elbo"]) for r in read_records(finished.run)
+    ]
 
 
 @pytest.mark.ray
