@@ -1,14 +1,13 @@
 """The decoder's last product and the draws from it, in one function.
 
 Rows go in blocks of a fixed number, padded with zeros, each in one thread: a product into a buffer
-that is kept between calls, then row by row the rates (vectorised) and the sweep of nb_sample. So a
-row's rates do not depend on how many rows come beside it, nor on the number of threads.
+that is kept between calls, a row a lane; then the rates, vectorised; then the draws. So a row's
+rates do not depend on how many rows come beside it, nor on the number of threads.
 """
 
 from __future__ import annotations
 
-import threading
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,90 +18,50 @@ from torch import Tensor
 from torch.nn import functional
 
 from rayvaec.errors import ConfigError
-from rayvaec.kernels.keys import DRAWS, check_row_keys, check_seed, stream_keys
-from rayvaec.kernels.nb_sample import (
-    Draws,
-    GeneTables,
-    gene_tables,
-    join_rows,
-    refusal,
-    softmax_lambdas,
-    softplus_lambdas,
-    sweep_row,
-)
-from rayvaec.kernels.special import FAST, SUMS, block_sum, exp_negative, log1p_unit
-from rayvaec.kernels.threads import run_all
-
-BLOCK_ROWS = 64
-"""Rows of every product; a shorter block is padded."""
+from rayvaec.kernels.distinct import Distinct
+from rayvaec.kernels.gene_tables import gene_tables
+from rayvaec.kernels.keys import check_row_keys, check_seed
+from rayvaec.kernels.nb_sample import TILE_GENES, Draws, draw_blocks, lane_buffer
+from rayvaec.kernels.nb_sweep import LANES
+from rayvaec.kernels.special import FAST, exp_negative, log1p_unit
 
 _F = np.float32
-_workspace = threading.local()
+_SUMMED_GENES = 256
 
 
-@njit(nogil=True, error_model="numpy", fastmath=FAST)
-def _softplus_rates(a: NDArray[Any], bias: NDArray[Any], library: np.float32) -> None:
-    """Turn activations into library * softplus(a + bias)."""
-    for g in range(len(a)):
-        v = a[g] + bias[g]
-        a[g] = library * (max(v, _F(0.0)) + log1p_unit(exp_negative(-abs(v))))
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST, pipeline_class=Distinct)
+def _softplus_rates(a: NDArray[Any], bias: NDArray[Any], library: NDArray[Any]) -> None:
+    """Turn activations, a row a lane, into library * softplus(a + bias)."""
+    for gene in range(len(a)):
+        b = bias[gene]
+        for lane in range(LANES):
+            v = a[gene, lane] + b
+            a[gene, lane] = library[lane] * (max(v, _F(0.0)) + log1p_unit(exp_negative(-abs(v))))
 
 
-@njit(nogil=True, error_model="numpy", fastmath=SUMS)
-def _largest(a: NDArray[Any], bias: NDArray[Any]) -> np.float32:
-    largest = _F(-np.inf)
-    for g in range(len(a)):
-        largest = max(largest, a[g] + bias[g])
-    return largest
-
-
-@njit(nogil=True, error_model="numpy", fastmath=FAST)
-def _exp_shifted(a: NDArray[Any], bias: NDArray[Any], shift: np.float32) -> None:
-    for g in range(len(a)):
-        a[g] = exp_negative(a[g] + bias[g] - shift)
-
-
-@njit(nogil=True, error_model="numpy")
-def _softmax_means(a: NDArray[Any], bias: NDArray[Any], library: np.float32) -> None:
-    """Turn activations into library * softmax(a + bias)."""
-    _exp_shifted(a, bias, _largest(a, bias))
-    ratio = _F(library / block_sum(a))
-    for g in range(len(a)):
-        a[g] *= ratio
-
-
-@njit(nogil=True, cache=True)
-def _draw_rows(
-    a: NDArray[Any],
-    bias: NDArray[Any],
-    library: NDArray[Any],
-    odds_or_size: NDArray[Any],
-    limit: NDArray[Any],
-    cluster: NDArray[Any],
-    softmax: bool,
-    seed: np.uint64,
-    keys: NDArray[Any],
-    samples: NDArray[Any],
-    indptr: NDArray[Any],
-    indices: NDArray[Any],
-    counts: NDArray[Any],
-) -> int:
-    """Turn activations into rates and draw; return -1, or the first row that is out of bounds."""
-    lambdas = np.empty(a.shape[1], _F)
-    end = 0
-    for row in range(len(library)):
-        if softmax:
-            _softmax_means(a[row], bias, library[row])
-            good = softmax_lambdas(a[row], limit, cluster, lambdas)
-        else:
-            _softplus_rates(a[row], bias, library[row])
-            good = softplus_lambdas(a[row], limit, cluster, lambdas)
-        if not good:
-            return row
-        k0, k1 = stream_keys(DRAWS, seed, keys[row], samples[row])
-        end = sweep_row(a[row], odds_or_size, softmax, lambdas, k0, k1, indices, counts, end)
-        indptr[row] = end
-    return -1
+@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST, pipeline_class=Distinct)
+def _softmax_rates(a: NDArray[Any], bias: NDArray[Any], library: NDArray[Any]) -> None:
+    """Turn activations, a row a lane, into library * softmax(a + bias)."""
+    largest = np.full(LANES, -np.inf, np.float32)
+    for gene in range(len(a)):
+        for lane in range(LANES):
+            a[gene, lane] += bias[gene]
+            largest[lane] = max(largest[lane], a[gene, lane])
+    total = np.zeros(LANES, np.float64)
+    for start in range(0, len(a), _SUMMED_GENES):
+        part = np.zeros(LANES, np.float32)
+        for gene in range(start, min(start + _SUMMED_GENES, len(a))):
+            for lane in range(LANES):
+                a[gene, lane] = exp_negative(a[gene, lane] - largest[lane])
+                part[lane] += a[gene, lane]
+        for lane in range(LANES):
+            total[lane] += part[lane]
+    ratio = np.empty(LANES, np.float32)
+    for lane in range(LANES):
+        ratio[lane] = library[lane] / total[lane]
+    for gene in range(len(a)):
+        for lane in range(LANES):
+            a[gene, lane] *= ratio[lane]
 
 
 def draw_decoded(
@@ -117,7 +76,7 @@ def draw_decoded(
     *,
     generative: str = "softplus",
     row_bias: tuple[Tensor, Tensor] | None = None,
-) -> Draws:
+) -> list[Draws]:
     """Decode hidden layers and draw counts, exactly, each row from its own random stream.
 
     Parameters
@@ -141,9 +100,10 @@ def draw_decoded(
 
     Returns
     -------
-    Draws
-        Row i depends on (h[i], library[i], row_bias[1][i], seed, keys[i], samples[i]) and the
-        weights alone: neither the other rows nor the number of threads change it.
+    list of Draws
+        One a block of rows, for `join_rows`. Row i depends on (h[i], library[i], row_bias[1][i],
+        seed, keys[i], samples[i]) and the weights alone: neither the other rows nor the number of
+        threads change it.
 
     Raises
     ------
@@ -161,70 +121,43 @@ def draw_decoded(
             f"h has shape {tuple(h.shape)}, weight {tuple(weight.shape)}, px_r {tuple(px_r.shape)}",
             "pass h[n_rows, n_hidden], weight[n_genes, n_hidden] and px_r[n_genes]",
         )
-    words = check_seed(seed), *check_row_keys(len(h), keys, samples)
-    tensors = [_on_cpu(tensor) for tensor in (h, weight, bias, library.reshape(-1))]
+    word, row_keys, row_samples = check_seed(seed), *check_row_keys(len(h), keys, samples)
     tables = gene_tables(px_r.detach().double().cpu().numpy(), generative)
-    work = _Work(tensors, tables, words)
-    return join_rows(run_all([partial(work.block, i) for i in range(0, len(h), BLOCK_ROWS)]))
+    to_rates = _softmax_rates if tables.softmax else _softplus_rates
+    inputs = tuple(_on_cpu(tensor) for tensor in (h, weight, bias, library.reshape(-1)))
+
+    def decoder(rows: slice) -> _Decoder:
+        return _Decoder(inputs, to_rates, rows)
+
+    # A softmax needs all genes before the first rate is known.
+    tile_genes = len(bias) if tables.softmax else TILE_GENES
+    return draw_blocks(decoder, tables, word, row_keys, row_samples, tile_genes)
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
 
 
-class _Work:
-    """What the blocks of one call share."""
+class _Decoder:
+    """Makes the rates of a block of rows."""
 
     def __init__(
         self,
-        tensors: list[Tensor],
-        tables: GeneTables,
-        words: tuple[np.uint64, NDArray[np.uint64], NDArray[np.uint64]],
+        inputs: tuple[Tensor, ...],
+        to_rates: Callable[[NDArray[Any], NDArray[Any], NDArray[Any]], None],
+        rows: slice,
     ) -> None:
-        self.h, self.weight, self.bias, self.library = tensors
-        self.tables = tables
-        self.seed, self.keys, self.samples = words
+        h, weight, bias, library = inputs
+        # With numpy: threads that call torch for such small things wait for each other's GIL.
+        self.weight, self.bias, self.to_rates = weight, bias.numpy(), to_rates
+        lanes, self.library = np.zeros((h.shape[1], LANES), _F), np.zeros(LANES, _F)
+        n_rows = rows.stop - rows.start
+        lanes[:, :n_rows], self.library[:n_rows] = h.numpy()[rows].T, library.numpy()[rows]
+        self.lanes = torch.from_numpy(lanes)
 
-    def block(self, start: int) -> Draws:
-        """Draw the rows of one block."""
-        n_genes = len(self.bias)
-        stop = min(start + BLOCK_ROWS, len(self.h))
-        a, indices, counts = _buffers(n_genes)
-        h = self.h[start:stop]
-        if len(h) < BLOCK_ROWS:
-            h = torch.cat((h, h.new_zeros(BLOCK_ROWS - len(h), h.shape[1])))
-        torch.mm(h, self.weight.t(), out=a)
-        rates = a.numpy()
-        indptr = np.zeros(stop - start + 1, np.int64)
-        bad = _draw_rows(
-            rates,
-            self.bias.numpy(),
-            self.library[start:stop].numpy(),
-            self.tables.odds_or_size,
-            self.tables.limit,
-            self.tables.cluster,
-            self.tables.softmax,
-            self.seed,
-            self.keys[start:stop],
-            self.samples[start:stop],
-            indptr[1:],
-            indices,
-            counts,
-        )
-        if bad >= 0:
-            raise refusal(rates[bad], self.tables, start + bad)
-        return Draws(indptr, indices[: indptr[-1]].copy(), counts[: indptr[-1]].copy())
-
-
-def _buffers(n_genes: int) -> tuple[Tensor, NDArray[np.int32], NDArray[np.int32]]:
-    """Return memory that this thread keeps: activations and the most entries that can come out."""
-    kept = getattr(_workspace, "buffers", None)
-    if kept is None or kept[0].shape[1] != n_genes:
-        room = BLOCK_ROWS * n_genes
-        kept = (
-            torch.empty(BLOCK_ROWS, n_genes),
-            np.empty(room, np.int32),
-            np.empty(room, np.int32),
-        )
-        _workspace.buffers = kept
-    return kept
+    def __call__(self, genes: slice) -> NDArray[np.float32]:
+        """Return the rates of a tile of genes, a row a lane."""
+        rates = lane_buffer(genes.stop - genes.start)
+        torch.mm(self.weight[genes], self.lanes, out=torch.from_numpy(rates))
+        self.to_rates(rates, self.bias[genes], self.library)
+        return rates

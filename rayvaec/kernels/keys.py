@@ -42,7 +42,7 @@ _S30 = np.uint64(30)
 _S31 = np.uint64(31)
 
 # Kernels of other modules inline these functions, and numba's cache looks at the calling file only:
-# after a change here, touch nb_sample.py.
+# after a change here, touch nb_sweep.py.
 
 
 @njit(inline="always")
@@ -82,6 +82,13 @@ def uniform(k0: np.uint64, k1: np.uint64, number: np.uint64) -> float:
     """
     word = _mix(k1 ^ _mix(k0 + number * _GOLDEN))
     return (np.int64(word >> _S12) + 0.5) * 2.0**-52
+
+
+@njit(inline="always")
+def gene_stream(k0: np.uint64, k1: np.uint64, gene: np.uint64) -> tuple[np.uint64, np.uint64]:
+    """Return the two key words of a stream that belongs to one gene of a row."""
+    word = _mix((k0 ^ gene) + _GOLDEN)
+    return _mix(word + k1), _mix((k1 ^ word) + _GOLDEN)
 
 
 @njit(nogil=True, cache=True)

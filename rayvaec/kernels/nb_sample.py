@@ -1,58 +1,39 @@
-"""Exact negative-binomial draws, in one sweep over each row and straight into CSR.
+"""Exact negative-binomial draws, each row from its own random stream, straight into CSR.
 
-A negative binomial is a Poisson number of logarithmic-series clusters (Quenouille 1949): with odds
-o = p/(1-p), ::
-
-    x_g = sum of K_i over i <= M_g,   M_g ~ Poisson(lambda_g),   K_i ~ Logarithmic(p_g)
-    softplus form:  size_g = rate_g            o_g = exp(px_r_g)
-    softmax form:   size_g = exp(px_r_g)       o_g = rate_g / size_g
-    lambda_g = size_g * log1p(o_g)
-
-The sweep lays a row's lambdas end to end and walks along them with Exp(1) gaps. A gene that the gap
-reaches past is zero, at the cost of an addition and a comparison. In any other gene the count is
-above zero, and
-
-- where p < `INVERT_BELOW`, exp(-gap) is uniform above exp(-lambda) = P(0): the count follows by
-  inversion of the negative binomial's own probabilities, without another random number, and a
-  fresh gap starts at the gene's end (the exponential has no memory);
-- elsewhere every arrival within the gene adds one logarithmic draw (Kemp 1981), whose cost does not
-  depend on how close p is to 1;
-- where lambda > `LARGE_LAMBDA`, the gene is left out of the walk and drawn as a Poisson variate of
-  a gamma-distributed mean (Marsaglia & Tsang 2000; Hormann's PTRS 1993), as exact, in constant
-  time, and from the same stream.
-
-So the work is bounded. Means above `MAX_MEAN` and log odds above `MAX_LOG_ODDS` are refused: up to
-there the probability of a draw that an int32 does not hold is below 1e-30.
+Rows go in blocks of a fixed number, each in one thread; `rayvaec.kernels.nb_sweep` says how a block
+is drawn.
 """
 
 from __future__ import annotations
 
-import math
+import threading
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
-from rayvaec.errors import ConfigError, CountsError
-from rayvaec.kernels.keys import DRAWS, check_row_keys, check_seed, stream_keys, uniform
-from rayvaec.kernels.special import FAST, log1p_positive
-from rayvaec.kernels.threads import run_all, spans
-from rayvaec.kernels.variates import large_negative_binomial, logarithmic
+from rayvaec.errors import ConfigError
+from rayvaec.kernels.gene_tables import GeneTables, gene_tables, refusal
+from rayvaec.kernels.keys import check_row_keys, check_seed
+from rayvaec.kernels.nb_sweep import (
+    LANES,
+    SPAN,
+    Walk,
+    close_ranks,
+    draw_genes,
+    new_walk,
+    start_rows,
+)
+from rayvaec.kernels.threads import run_all
 
-MAX_MEAN = 1e8
-MAX_LOG_ODDS = 17.0
-LARGE_LAMBDA = 16.0
+TILE_GENES = 2 * SPAN
+"""Genes of a tile; its rates, and the weights they are made with, fill half of a core's cache."""
 
-# Inversion then takes fewer than 200 steps on average, and with probability 1 - 1e-16 fewer than
-# _MOST_STEPS, where it stops.
-INVERT_BELOW = 0.98
-_MOST_STEPS = 4000
-_F = np.float32
-_ONE = np.uint64(1)
-_TWO = np.uint64(2)
-_CHUNK_ENTRIES = 1 << 20
+RatesOf = Callable[[slice], NDArray[np.float32]]
+
+_workspace = threading.local()
 
 
 class Draws(NamedTuple):
@@ -71,135 +52,6 @@ class Draws(NamedTuple):
     indptr: NDArray[np.int64]
     indices: NDArray[np.int32]
     counts: NDArray[np.int32]
-
-
-@njit(inline="always")
-def _inverted(size: float, p: float, passed: float) -> int:
-    """Return the count above 0 at which NB(size, p)'s distribution function reaches exp(-gap).
-
-    All probabilities are in units of P(0) = exp(-lambda), so that small lambdas lose no digits;
-    `passed` is lambda - gap.
-    """
-    u = math.expm1(passed)
-    odds = size * p
-    x = 1
-    while u > odds and x < _MOST_STEPS:
-        u -= odds
-        odds *= p * (size + x) / (x + 1)
-        x += 1
-    return x
-
-
-@njit(nogil=True)
-def softplus_lambdas(
-    rate: NDArray[Any], limit: NDArray[Any], cluster: NDArray[Any], lambdas: NDArray[Any]
-) -> bool:
-    """Fill one row's lambdas; return whether every rate is within bounds."""
-    good = True
-    for gene in range(len(rate)):
-        r = rate[gene]
-        # NaN fails both comparisons.
-        good &= (r >= _F(0.0)) & (r <= limit[gene])
-        lambdas[gene] = r * cluster[gene]
-    return good
-
-
-@njit(nogil=True, error_model="numpy", fastmath=FAST)
-def softmax_lambdas(
-    rate: NDArray[Any], limit: NDArray[Any], size: NDArray[Any], lambdas: NDArray[Any]
-) -> bool:
-    """Fill one row's lambdas; return whether every mean is within bounds."""
-    good = True
-    for gene in range(len(rate)):
-        mu = rate[gene]
-        good &= (mu >= _F(0.0)) & (mu <= limit[gene])
-        lambdas[gene] = size[gene] * log1p_positive(mu / size[gene])
-    return good
-
-
-@njit(nogil=True, error_model="numpy")
-def sweep_row(
-    rate: NDArray[Any],
-    odds_or_size: NDArray[Any],
-    softmax: bool,
-    lambdas: NDArray[Any],
-    k0: np.uint64,
-    k1: np.uint64,
-    indices: NDArray[Any],
-    counts: NDArray[Any],
-    end: int,
-) -> int:
-    """Draw one row; return where its entries end.
-
-    `odds_or_size` holds the odds in the softplus form, the size in the softmax form.
-    """
-    gap = -math.log(uniform(k0, k1, np.uint64(0)))
-    # Drawn ahead: its logarithm is ready when the walk needs it.
-    next_gap = -math.log(uniform(k0, k1, _ONE))
-    number = _TWO
-    for gene in range(len(lambdas)):
-        lam = float(lambdas[gene])
-        if lam <= gap and lam <= LARGE_LAMBDA:
-            gap -= lam
-            continue
-        size, odds = float(rate[gene]), odds_or_size[gene]
-        if softmax:
-            size, odds = odds, size / odds
-        p = odds / (1.0 + odds)
-        if lam > LARGE_LAMBDA:
-            total, number = large_negative_binomial(size, odds, k0, k1, number)
-        elif p < INVERT_BELOW:
-            passed = lam - gap
-            gap = next_gap
-            next_gap = -math.log(uniform(k0, k1, number))
-            number += _ONE
-            total = _inverted(size, p, passed)
-        else:
-            total, cluster = 0, math.log1p(odds)
-            while gap < lam:
-                k, number = logarithmic(p, cluster, k0, k1, number)
-                total += k
-                gap -= math.log(uniform(k0, k1, number))
-                number += _ONE
-            gap -= lam
-        if total > 0:
-            indices[end] = gene
-            counts[end] = total
-            end += 1
-    return end
-
-
-@njit(nogil=True, cache=True)
-def _sweep(
-    rate: NDArray[Any],
-    odds_or_size: NDArray[Any],
-    limit: NDArray[Any],
-    cluster: NDArray[Any],
-    softmax: bool,
-    seed: np.uint64,
-    keys: NDArray[Any],
-    samples: NDArray[Any],
-    indptr: NDArray[Any],
-    indices: NDArray[Any],
-    counts: NDArray[Any],
-) -> int:
-    """Draw every row; return -1, or the first row that holds a value out of bounds.
-
-    `cluster` holds log1p(odds) in the softplus form, sizes in the softmax form.
-    """
-    lambdas = np.empty(rate.shape[1], _F)
-    end = 0
-    for row in range(rate.shape[0]):
-        if softmax:
-            good = softmax_lambdas(rate[row], limit, cluster, lambdas)
-        else:
-            good = softplus_lambdas(rate[row], limit, cluster, lambdas)
-        if not good:
-            return row
-        k0, k1 = stream_keys(DRAWS, seed, keys[row], samples[row])
-        end = sweep_row(rate[row], odds_or_size, softmax, lambdas, k0, k1, indices, counts, end)
-        indptr[row] = end
-    return -1
 
 
 def draw_counts(
@@ -251,132 +103,97 @@ def draw_counts(
     row_keys, row_samples = check_row_keys(len(rates), keys, samples)
     tables = gene_tables(logits, generative)
 
-    height = max(1, _CHUNK_ENTRIES // max(1, rates.shape[1]))
-    cuts = spans(len(rates), -(-len(rates) // height))
-    pieces = run_all(
-        [partial(_draw_span, rates, tables, word, row_keys, row_samples, a, b) for a, b in cuts]
+    parts = draw_blocks(
+        partial(_transposed, rates), tables, word, row_keys, row_samples, TILE_GENES
     )
-    return join_rows(pieces)
+    return join_rows(parts)
 
 
-class GeneTables(NamedTuple):
-    """What the sweep reads per gene.
+def _transposed(rates: NDArray[np.float32], rows: slice) -> RatesOf:
+    """Return what gives some rows' rates with a row a lane."""
+    of_rows = rates[rows]
 
-    Parameters
-    ----------
-    softmax : bool
-        The form.
-    odds_or_size : ndarray[n_genes]
-        exp(px_r): odds in the softplus form, sizes in the softmax form.
-    limit : ndarray[n_genes]
-        Largest rate.
-    cluster : ndarray[n_genes]
-        log1p(odds), what a size is multiplied with to give lambda, in the softplus form; sizes in
-        the softmax form.
-    """
+    def of_genes(genes: slice) -> NDArray[np.float32]:
+        lanes = lane_buffer(genes.stop - genes.start)
+        lanes[:, : len(of_rows)] = of_rows[:, genes].T
+        lanes[:, len(of_rows) :] = 0
+        return lanes
 
-    softmax: bool
-    odds_or_size: NDArray[np.float64]
-    limit: NDArray[np.float32]
-    cluster: NDArray[np.float32]
+    return of_genes
 
 
-def gene_tables(px_r: NDArray[np.float64], generative: str) -> GeneTables:
-    """Compute what the sweep reads per gene.
-
-    Parameters
-    ----------
-    px_r : ndarray[n_genes]
-        Logits (softplus form) or log theta (softmax form).
-    generative : {"softplus", "softmax"}
-        The form.
-
-    Returns
-    -------
-    GeneTables
-
-    Raises
-    ------
-    ConfigError
-        If there is no such form.
-    CountsError
-        If a value is not finite.
-    """
-    if generative not in ("softplus", "softmax"):
-        raise ConfigError(f"generative is {generative!r}", "choose softplus or softmax")
-    if not np.isfinite(px_r).all():
-        gene = int(np.flatnonzero(~np.isfinite(px_r))[0])
-        raise CountsError(f"px_r of gene {gene} is {px_r[gene]}", "use a model with finite weights")
-    # Beyond these every odds is 0 or refused, and float32 would over- or underflow.
-    terms = np.exp(np.clip(px_r, -80.0, 80.0))
-    if generative == "softmax":
-        limit, cluster = np.minimum(MAX_MEAN, terms * math.exp(MAX_LOG_ODDS)), terms
-    else:
-        limit = np.where(px_r > MAX_LOG_ODDS, 0.0, np.minimum(MAX_MEAN / terms, 1e30))
-        cluster = np.log1p(terms)
-    return GeneTables(
-        generative == "softmax", terms, limit.astype(np.float32), cluster.astype(np.float32)
-    )
-
-
-def _draw_span(
-    rates: NDArray[np.float32],
+def draw_blocks(
+    rates_of: Callable[[slice], RatesOf],
     tables: GeneTables,
     seed: np.uint64,
     keys: NDArray[np.uint64],
     samples: NDArray[np.uint64],
-    start: int,
-    stop: int,
-) -> Draws:
-    """Draw rows [start, stop)."""
-    rows = rates[start:stop]
-    indptr = np.zeros(len(rows) + 1, dtype=np.int64)
-    # Room for the worst case; memory that no draw reaches is never touched.
-    indices = np.empty(rows.size, dtype=np.int32)
-    counts = np.empty(rows.size, dtype=np.int32)
-    bad = _sweep(
-        rows,
-        tables.odds_or_size,
-        tables.limit,
-        tables.cluster,
-        tables.softmax,
-        seed,
-        keys[start:stop],
-        samples[start:stop],
-        indptr[1:],
-        indices,
-        counts,
-    )
-    if bad >= 0:
-        raise refusal(rows[bad], tables, start + bad)
-    return Draws(indptr, indices[: indptr[-1]].copy(), counts[: indptr[-1]].copy())
-
-
-def refusal(rate: NDArray[np.float32], tables: GeneTables, row: int) -> CountsError:
-    """Name the first value of a row that is out of bounds.
+    tile_genes: int,
+) -> list[Draws]:
+    """Draw rows whose rates are made piece by piece, in the threads that draw them.
 
     Parameters
     ----------
-    rate : ndarray[n_genes]
-        The row, with a value that is.
+    rates_of : callable
+        From the rows of a block to a function that makes the rates of a tile of genes,
+        float32[n_genes, LANES], a row a lane, 0 in the lanes beyond the rows.
     tables : GeneTables
-        Holds the bounds.
-    row : int
-        Its number, for the message.
+        The genes.
+    seed : uint64
+        From `check_seed`.
+    keys, samples : ndarray[n_rows], uint64
+        From `check_row_keys`.
+    tile_genes : int
+        Genes whose rates are made at once, a multiple of `SPAN` or all of them. They are drawn from
+        while they are in the core's own cache.
 
     Returns
     -------
+    list of Draws
+        One a block, for `join_rows`.
+
+    Raises
+    ------
     CountsError
-        To be raised.
+        If a rate is out of bounds.
     """
-    gene = int(np.flatnonzero(~((rate >= 0) & (rate <= tables.limit)))[0])
-    where = f"rate of row {row}, gene {gene} is {rate[gene]:g}"
-    if not np.isfinite(rate[gene]) or rate[gene] < 0:
-        return CountsError(where, "rates are finite and not negative: check the model's weights")
-    return CountsError(
-        f"{where}, at px_r for which draws are bounded by a rate of {tables.limit[gene]:.4g}",
-        f"means go up to {MAX_MEAN:.0e} and log odds up to {MAX_LOG_ODDS:g}: draws must fit int32",
-    )
+    n_rows, n_genes = len(keys), len(tables.limit)
+    tiles = [slice(a, min(a + tile_genes, n_genes)) for a in range(0, n_genes, tile_genes)]
+
+    def block(start: int) -> Draws:
+        rows = slice(start, min(start + LANES, n_rows))
+        walk, make_rates = _own_walk(n_genes), rates_of(rows)
+        start_rows(walk, seed, keys[rows], samples[rows])
+        for genes in tiles:
+            rate = make_rates(genes)
+            of_genes = tables.of(genes)
+            if not draw_genes(
+                *(walk, rows.stop - start, rate, genes.start, of_genes.odds_or_size),
+                *(of_genes.limit, of_genes.cluster, of_genes.softmax),
+            ):
+                raise refusal(rate[:, : rows.stop - start].T, of_genes, start, genes.start)
+        indptr = np.zeros(rows.stop - start + 1, np.int64)
+        close_ranks(walk, indptr)
+        entries = (of[: indptr[-1]].copy() for of in (walk.indices.ravel(), walk.counts.ravel()))
+        return Draws(indptr, *entries)
+
+    return run_all([partial(block, start) for start in range(0, n_rows, LANES)])
+
+
+def lane_buffer(n_genes: int) -> NDArray[np.float32]:
+    """Return memory for a tile's rates that this thread keeps, float32[n_genes, LANES]."""
+    kept = getattr(_workspace, "rates", None)
+    if kept is None or len(kept) < n_genes:
+        kept = _workspace.rates = np.empty((n_genes, LANES), np.float32)
+    return kept[:n_genes]
+
+
+def _own_walk(n_genes: int) -> Walk:
+    """Return this thread's walk."""
+    kept = getattr(_workspace, "walk", None)
+    if kept is None or kept.indices.shape[1] != n_genes:
+        kept = _workspace.walk = new_walk(n_genes)
+    return kept
 
 
 def join_rows(pieces: list[Draws]) -> Draws:

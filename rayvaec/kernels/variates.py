@@ -4,7 +4,7 @@ Every function takes the stream's two key words and the number of its next rando
 returns the variate and the number after those it used.
 
 Kernels of other modules inline these functions, and numba's cache looks at the calling file only:
-after a change here, touch nb_sample.py and decoded_draws.py.
+after a change here, touch nb_sweep.py.
 """
 
 from __future__ import annotations

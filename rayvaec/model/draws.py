@@ -7,7 +7,8 @@ what a row becomes does not depend on the rows beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,13 +18,17 @@ from torch import Tensor
 
 from rayvaec.kernels.decoded_draws import draw_decoded
 from rayvaec.kernels.keys import normal_noise
-from rayvaec.kernels.nb_sample import Draws, draw_counts
+from rayvaec.kernels.nb_sample import Draws, draw_counts, join_rows
+from rayvaec.kernels.threads import run_all, thread_count
 
 if TYPE_CHECKING:
     from rayvaec.model.vaec import VAEC
 
 BLOCK_ROWS = 64
 """Rows of every matrix product; a shorter block is padded."""
+
+GROUP_BLOCKS = 32
+"""Most blocks whose hidden layers are computed together, in the thread that draws them."""
 
 RATE_BYTES = 64 * 2**20
 """Most bytes of rates decoded before they are drawn from."""
@@ -69,7 +74,6 @@ def draw_rows(
     return draw(module, z, library, y, batch_index, seed=seed, keys=keys, samples=samples)
 
 
-@torch.no_grad()
 def draw_fused(
     module: VAEC,
     z: Tensor,
@@ -85,20 +89,30 @@ def draw_fused(
 
     Parameters and result as in `draw_rows`, with z, Tensor[n_rows, n_latent], drawn.
     """
-    hidden = _hidden(module, z, y, batch_index)
     biases = module.row_biases
-    return draw_decoded(
-        torch.cat([z.new_zeros(0, module.config.n_hidden), *hidden]),
-        module.output.weight,
-        module.output.bias,
-        module.px_r,
-        library,
-        seed,
-        keys,
-        samples,
-        generative=module.config.generative,
-        row_bias=None if biases is None else (biases, y.reshape(-1).long()),
-    )
+
+    @torch.no_grad()  # a setting per thread
+    def group(start: int, stop: int) -> list[Draws]:
+        rows = slice(start, stop)
+        batches = None if batch_index is None else batch_index[rows]
+        return draw_decoded(
+            module.decoder_hidden(z[rows], y[rows], batches, BLOCK_ROWS),
+            module.output.weight,
+            module.output.bias,
+            module.px_r,
+            library[rows],
+            seed,
+            keys[rows],
+            samples[rows],
+            generative=module.config.generative,
+            row_bias=None if biases is None else (biases, y[rows].reshape(-1).long()),
+        )
+
+    n_blocks = -(-len(z) // BLOCK_ROWS)
+    height = max(1, min(GROUP_BLOCKS, n_blocks // thread_count())) * BLOCK_ROWS
+    starts = range(0, len(z), height)
+    groups = [partial(group, start, min(start + height, len(z))) for start in starts]
+    return join_rows(list(chain.from_iterable(run_all(groups))))
 
 
 @torch.no_grad()
@@ -144,7 +158,7 @@ def draw_decoded_blocks(
                 generative=module.config.generative,
             )
         )
-    return _stacked(parts)
+    return join_rows(parts)
 
 
 @torch.no_grad()
@@ -167,31 +181,8 @@ def decode_block(
     return module.decode(padded(z), padded(library), padded(y), batches)[: len(z)]
 
 
-def _hidden(module: VAEC, z: Tensor, y: Tensor, batch_index: Tensor | None) -> Iterator[Tensor]:
-    """Yield the decoder's last hidden layer, block by block."""
-    for first in range(0, len(z), BLOCK_ROWS):
-        rows = slice(first, min(first + BLOCK_ROWS, len(z)))
-        batches = None if batch_index is None else padded(batch_index[rows])
-        hidden = module.decoder_hidden(padded(z[rows]), padded(y[rows]), batches)
-        yield hidden[: rows.stop - first]
-
-
 def padded(x: Tensor) -> Tensor:
     """Fill `x` with zeros to BLOCK_ROWS rows."""
     if len(x) == BLOCK_ROWS:
         return x
     return torch.cat((x, x.new_zeros((BLOCK_ROWS - len(x), *x.shape[1:]))))
-
-
-def _stacked(parts: list[Draws]) -> Draws:
-    if not parts:
-        return Draws(np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int32))
-    if len(parts) == 1:
-        return parts[0]
-    offsets = np.cumsum([0, *(part.indptr[-1] for part in parts)])
-    indptr = [part.indptr[1:] + offset for part, offset in zip(parts, offsets, strict=False)]
-    return Draws(
-        np.concatenate([np.zeros(1, np.int64), *indptr]),
-        np.concatenate([part.indices for part in parts]),
-        np.concatenate([part.counts for part in parts]),
-    )

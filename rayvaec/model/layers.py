@@ -6,7 +6,8 @@ without affine parameters, ReLU and Dropout, with one-hot covariates joined to e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -88,7 +89,9 @@ class FCLayers(nn.Module):
         ]
         return torch.cat(codes, dim=1) if codes else None
 
-    def forward(self, x: Tensor, *categories: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, *categories: Tensor | None, rows_per_product: int | None = None
+    ) -> Tensor:
         """Run the stack.
 
         Parameters
@@ -97,14 +100,18 @@ class FCLayers(nn.Module):
             Input; leading dimensions (posterior draws) share the covariates.
         *categories : Tensor[n_cells, 1] or None
             Codes of each covariate.
+        rows_per_product : int, optional
+            Cut products into as many rows each. The rounding of a product may depend on how many
+            rows it has: with this, a cell's output does not depend on those beside it.
 
         Returns
         -------
         Tensor[..., n_cells, n_out]
         """
         covariates = self.covariates(*categories)
-        first = self._first
-        return self._after_first_linear(first(_joined(x, covariates)), covariates)
+        product = partial(_product, rows_per_product)
+        a = product(self._first, _joined(x, covariates))
+        return self._after_first_linear(a, covariates, product)
 
     def forward_csr(
         self, x: CsrCounts, *categories: Tensor | None, log1p: bool, beside: Tensor | None = None
@@ -131,15 +138,30 @@ class FCLayers(nn.Module):
         dense_inputs = [part for part in (beside, covariates) if part is not None]
         joined = torch.cat(dense_inputs, dim=1) if dense_inputs else None
         a = sparse_linear(x, first.weight, first.bias, log1p=log1p, beside=joined)
-        return self._after_first_linear(a, covariates)
+        return self._after_first_linear(a, covariates, partial(_product, None))
 
-    def _after_first_linear(self, a: Tensor, covariates: Tensor | None) -> Tensor:
+    def _after_first_linear(
+        self, a: Tensor, covariates: Tensor | None, product: Callable[[nn.Linear, Tensor], Tensor]
+    ) -> Tensor:
         for i, layer in enumerate(self.fc_layers):
-            for j, step in enumerate(cast(nn.Sequential, layer)):
-                if i == j == 0:
-                    continue
-                a = step(_joined(a, covariates) if j == 0 else a)
+            linear, *rest = cast(nn.Sequential, layer)
+            if i:
+                a = product(cast(nn.Linear, linear), _joined(a, covariates))
+            for step in rest:
+                a = step(a)
         return a
+
+
+def _product(rows_per_product: int | None, linear: nn.Linear, x: Tensor) -> Tensor:
+    """Run a linear layer, in products of a given number of rows where one is given."""
+    if rows_per_product is None:
+        return linear(x)
+    missing = -len(x) % rows_per_product
+    padded = functional.pad(x, (0, 0, 0, missing)) if missing else x
+    out = padded.new_empty(len(padded), linear.out_features)
+    for part, into in zip(padded.split(rows_per_product), out.split(rows_per_product), strict=True):
+        torch.addmm(linear.bias, part, linear.weight.t(), out=into)
+    return out[: len(x)]
 
 
 def _joined(x: Tensor, covariates: Tensor | None) -> Tensor:

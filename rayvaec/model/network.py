@@ -225,7 +225,13 @@ class VAECNetwork(nn.Module):
         codes = torch.zeros_like(y) if batch_index is None else batch_index
         return self._embeddings_dict["batch"](codes.reshape(-1).long())
 
-    def decoder_hidden(self, z: Tensor, y: Tensor, batch_index: Tensor | None) -> Tensor:
+    def decoder_hidden(
+        self,
+        z: Tensor,
+        y: Tensor,
+        batch_index: Tensor | None,
+        rows_per_product: int | None = None,
+    ) -> Tensor:
         """Return the decoder's last hidden layer.
 
         Parameters
@@ -233,15 +239,18 @@ class VAECNetwork(nn.Module):
         z : Tensor[..., n_cells, n_latent]
         y, batch_index : Tensor[n_cells, 1]
             Label and batch codes.
+        rows_per_product : int, optional
+            As in `FCLayers.forward`.
 
         Returns
         -------
         Tensor[..., n_cells, n_hidden]
         """
         if self.is_softplus:
-            return self.decoder(z, y, batch_index)
+            return self.decoder(z, y, batch_index, rows_per_product=rows_per_product)
         embedded = self._batch_embedding(y, batch_index).expand(*z.shape[:-1], -1)
-        return self.decoder(torch.cat((z, embedded), dim=-1), y)
+        joined = torch.cat((z, embedded), dim=-1)
+        return self.decoder(joined, y, rows_per_product=rows_per_product)
 
     def _px_scale(self, h: Tensor, y: Tensor) -> Tensor:
         if self.is_softplus:

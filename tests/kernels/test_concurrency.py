@@ -10,7 +10,7 @@ import torch
 from rayvaec.kernels.decoded_draws import draw_decoded
 from rayvaec.kernels.keys import normal_noise, position_keys
 from rayvaec.kernels.nb_loss import nb_reconstruction
-from rayvaec.kernels.nb_sample import draw_counts
+from rayvaec.kernels.nb_sample import draw_counts, join_rows
 from rayvaec.kernels.sparse_linear import sparse_linear
 
 
@@ -30,7 +30,7 @@ def work(x, seed):
     encoded.square().sum().backward()
     total, each = nb_reconstruction(h, weight, bias, px_r, library, x, torch.ones(x.n_cells))
     total.backward()
-    decoded = draw_decoded(h, weight, bias, px_r, library, seed, keys, samples)
+    decoded = join_rows(draw_decoded(h, weight, bias, px_r, library, seed, keys, samples))
     drawn = draw_counts(library.expand(-1, x.n_genes) * 1e-3, px_r, seed, keys, samples)
     noise = normal_noise(seed, keys, samples, 5)
     tensors = [encoded.detach(), first.grad, each, bias.grad]

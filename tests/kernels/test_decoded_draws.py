@@ -7,8 +7,9 @@ from scipy import stats
 from torch.nn import functional
 
 from rayvaec.errors import ConfigError, CountsError
-from rayvaec.kernels.decoded_draws import draw_decoded
+from rayvaec.kernels import decoded_draws
 from rayvaec.kernels.keys import position_keys
+from rayvaec.kernels.nb_sample import join_rows
 
 FORMS = ["softplus", "softmax"]
 N_GENES, N_HIDDEN = 200, 16
@@ -21,6 +22,10 @@ def case(n_rows, seed=0):
     weight = 0.3 * torch.randn(N_GENES, N_HIDDEN)
     rest = torch.randn(N_GENES) - 4, torch.randn(N_GENES), torch.rand(n_rows, 1) * 50
     return (h, weight, *rest), position_keys(0, n_rows), np.arange(n_rows, dtype=np.uint64) % 3
+
+
+def draw_decoded(*args, **kwargs):
+    return join_rows(decoded_draws.draw_decoded(*args, **kwargs))
 
 
 def dense(draws):
