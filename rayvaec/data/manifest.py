@@ -201,9 +201,14 @@ class Manifest:
             "partitions": [partition.to_json() for partition in self.partitions],
         }
 
+    def sealed(self) -> dict[str, Any]:
+        """Return what `to_json` gives and a checksum of it, which `from_json` compares."""
+        value = self.to_json()
+        return {**value, "checksum": _checksum(value)}
+
     @classmethod
     def from_json(cls, value: Any, where: str) -> Self:
-        """Read what `to_json` gave.
+        """Read what `to_json` or `sealed` gave.
 
         Parameters
         ----------
@@ -230,6 +235,12 @@ class Manifest:
                 f"the store {where} has format version {version} and this rayvaec reads up to "
                 f"{FORMAT_VERSION}",
                 "upgrade rayvaec",
+            )
+        if "checksum" in value and value["checksum"] != _checksum(value):
+            raise StoreError(
+                f"the manifest of the store {where} does not match its checksum: its zarr.json was "
+                "changed or damaged",
+                damaged,
             )
         try:
             manifest = cls._from_fields(value)
@@ -284,3 +295,10 @@ class Manifest:
             options=dict(value.get("options", {})),
             gene_choice=dict(value.get("gene_choice", {})),
         )
+
+
+def _checksum(value: Mapping[str, Any]) -> str:
+    """Return ``sha256:`` and the SHA-256 of a manifest's canonical JSON, without its checksum."""
+    content = {key: item for key, item in value.items() if key != "checksum"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"

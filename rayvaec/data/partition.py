@@ -209,7 +209,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     group = {
         "zarr_format": 3,
         "node_type": "group",
-        "attributes": {**STORE_ATTRIBUTES, "rayvaec": manifest.to_json()},
+        "attributes": {**STORE_ATTRIBUTES, "rayvaec": manifest.sealed()},
     }
     with _writing(folder / "zarr.json"):
         write_json(folder / "zarr.json", group)
