@@ -21,3 +21,18 @@ def test_nothing_done_says_nothing(caplog):
     with caplog.at_level(logging.INFO, "rayvaec"), Progress(10, "cells", "checking"):
         pass
     assert not caplog.records
+
+
+def test_what_was_done_before_does_not_count_for_the_speed(caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "rayvaec")
+    now = [0.0]
+    monkeypatch.setattr("rayvaec.progress.time.monotonic", lambda: now[0])
+    with Progress(100_000, "cells", "checking", done=90_000) as progress:
+        now[0] = 20.0
+        progress.advance(20)
+        now[0] = 30.0
+        progress.advance(580)
+    assert [record.getMessage() for record in caplog.records] == [
+        "checking: 90020 of 100000 cells, 1/s, 2 h 46 min left",
+        "checking: 90600 of 100000 cells, 20/s, 8 min left",
+    ]

@@ -87,8 +87,17 @@ def _cells(manifest: Manifest) -> str:
     return (
         f"{manifest.n_cells:,}: {manifest.n_train:,} for training, "
         f"{manifest.n_cells - manifest.n_train:,} for validation, "
-        f"{'shuffled' if own else 'drawn'} with seed {manifest.seed}"
+        f"{'shuffled' if own else 'drawn'} with seed {manifest.seed}{_appended(manifest)}"
     )
+
+
+def _appended(manifest: Manifest) -> str:
+    """Say how many cells were shuffled apart from the others."""
+    if not manifest.portions:
+        return ""
+    first = manifest.partitions[: manifest.portions[0].n_partitions]
+    n = manifest.n_cells - sum(partition.n_cells for partition in first)
+    return f"; {n:,} of them appended and shuffled apart"
 
 
 def _genes(manifest: Manifest) -> str:

@@ -111,7 +111,7 @@ class Input:
     def layers(self) -> list[str]:
         """Names of the layers that hold a matrix, other than the one that is read."""
         names = list(self._root["layers"]) if "layers" in self._root else []
-        if RAW in self._root and "X" in self._root[RAW]:
+        if self._has_raw:
             names.append(RAW)
         return [name for name in names if name != self.layer]
 
@@ -256,6 +256,11 @@ class Input:
         for first in range(start, self.n_cells, rows):
             yield first, sparse.csr_array(self._matrix[first : first + rows])
 
+    @property
+    def _has_raw(self) -> bool:
+        raw = self._root.get(RAW)
+        return hasattr(raw, "keys") and "X" in raw  # else it may stand for None
+
     def _find_matrix(self) -> tuple[Any, str]:
         """Return the matrix and the path of the frame that names its columns."""
         names = self.layers  # without the one that is read
@@ -268,7 +273,7 @@ class Input:
             return self._root["X"], "var"
         if "layers" in self._root and layer in self._root["layers"]:
             return self._root["layers"][layer], "var"
-        if layer == RAW and RAW in self._root and "X" in self._root[RAW]:
+        if layer == RAW and self._has_raw:
             return self._root[RAW]["X"], f"{RAW}/var"
         raise CountsError(
             f"{self.path} has no layer {layer!r}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,8 +189,10 @@ def aligned_blocks(
     offset = 0
     for number, (source, target) in enumerate(zip(inputs, targets, strict=True)):
         begin = max(first - offset, 0)
-        blocks = source.blocks(elements, scratch / f"input_{number}", begin)
-        for start, raw in blocks if begin < source.n_cells else ():
+        blocks: Iterable[tuple[int, sparse.csr_array]] = ()
+        if begin < source.n_cells:
+            blocks = source.blocks(elements, scratch / f"input_{number}", begin)
+        for start, raw in blocks:
             names = source.names(start, start + raw.shape[0])
             locate = place_in_csr(raw.indptr, raw.indices, names.__getitem__, source.genes)
             counts = as_counts(raw.data, locate, where=source.where, layers=source.layers)

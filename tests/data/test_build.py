@@ -282,6 +282,63 @@ def test_a_category_may_have_its_cells_in_another_input(write_input, counts, tmp
     assert prepare(paths, tmp_path / "store", LABELS).cells_per_label == (30, 30)
 
 
+def test_labels_of_two_kinds_are_refused_where_they_would_get_two_names(
+    write_input, counts, tmp_path
+):
+    paths = {
+        "fractions": write_input(counts, "a.h5ad", labels=[1.0, 2.0, 1.5] * 10),
+        "whole": write_input(counts, "b.h5ad", labels=[1, 2, 3] * 10),
+        "text": write_input(counts, "c.h5ad", labels=["1", "2", "x"] * 10),
+        "truth": write_input(counts, "d.h5ad", labels=[True, False, True] * 10),
+    }
+    for other in ("whole", "text", "truth"):
+        with pytest.raises(CountsError) as caught:
+            prepare([paths[other], paths["fractions"]], tmp_path / "store", LABELS)
+        assert "'cell_type' holds numbers with fractions in" in caught.value.detail
+        assert "make them text in all inputs" in caught.value.fix
+    manifest = prepare([paths["whole"], paths["text"]], tmp_path / "store", LABELS)
+    assert manifest.registry.labels == ("1", "2", "3", "x")
+    assert manifest.cells_per_label == (20, 20, 10, 10)
+
+
+def test_an_empty_file_among_many_is_named(write_input, counts, tmp_path):
+    paths = [write_input(counts, f"{name}.h5ad") for name in "abc"]
+    paths[1].write_bytes(b"")
+    with pytest.raises(CountsError, match="b.h5ad is not an HDF5 file"):
+        prepare(paths, tmp_path / "store", LABELS)
+    write_input(np.zeros((0, 12), "f4"), "b.h5ad", labels=[])
+    with pytest.raises(CountsError, match="b.h5ad has no cells; leave this input out"):
+        prepare(paths, tmp_path / "store", LABELS)
+    assert sorted(tmp_path.iterdir()) == paths
+
+
+@pytest.mark.parametrize("form", ["csr", "csc", "dense"])
+def test_one_bad_value_among_many_is_found_and_named(write_input, tmp_path, form):
+    rng = np.random.default_rng(0)
+    x = rng.poisson(0.3, (60_000, 20)).astype("f4") + np.eye(20, dtype="f4")[0]
+    x[51_234, 17] = 2.5
+    path = write_input(x, form=form, labels=["t"] * len(x))
+    config = PrepareConfig("cell_type", block_elements=50_000)
+    with pytest.raises(CountsError, match=r"2.5 at cell a_51234, gene g17 is not a whole number"):
+        prepare([path], tmp_path / "store", config)
+
+
+def test_partitions_are_smaller_where_memory_is_short(
+    write_input, counts, tmp_path, monkeypatch, caplog
+):
+    path = write_input(counts)
+    assert prepare([path], tmp_path / "store", LABELS).options["partition_elements"] == 60
+    assert not caplog.text
+    monkeypatch.setattr("rayvaec.data.budget.LEAST_PARTITION", 1)
+    monkeypatch.setattr(
+        "rayvaec.data.budget.partition_bytes", lambda size, *_: 0 if size < 20 else 2**60
+    )
+    manifest = prepare([path], tmp_path / "small", LABELS)
+    assert manifest.options["partition_elements"] == 15
+    assert len(manifest.partitions) == -(-manifest.nnz // 15)
+    assert "partitions get 15 values instead of 60, as --memory allows no more" in caplog.text
+
+
 def test_genes_that_differ_are_refused(write_input, counts, tmp_path):
     paths = [write_input(counts), write_input(counts[:, :10], "b.h5ad", genes=[*"ABCDEFGHI", "g0"])]
     with pytest.raises(CountsError) as caught:

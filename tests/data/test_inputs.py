@@ -194,6 +194,81 @@ def test_a_damaged_transposed_file_is_refused(write_input, counts, tmp_path, bad
         list(source.blocks(10**6, tmp_path / "scratch"))
 
 
+def test_a_file_that_is_cut_short_is_refused(write_input, counts, tmp_path):
+    path = write_input(counts)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) * 2 // 3])
+    with pytest.raises(CountsError, match=r"a.h5ad is damaged or cut short \(.*truncated file"):
+        Input(path)
+    path.write_bytes(b"")
+    with pytest.raises(CountsError, match="a.h5ad is not an HDF5 file"):
+        Input(path)
+
+
+@pytest.mark.parametrize("form", ["csr", "csc", "dense"])
+def test_a_damaged_chunk_is_refused(write_input, tmp_path, form):
+    rng = np.random.default_rng(0)
+    x = rng.integers(1, 2**30, (200, 12)) if form == "dense" else rng.poisson(1.0, (2000, 12))
+    path = write_input(x, form=form)
+    with h5py.File(path, "a") as file:
+        attributes = dict(file["X"].attrs)
+        if form == "dense":
+            del file["X"]
+            file.create_dataset("X", data=x, compression="gzip", chunks=(50, 12))
+            file["X"].attrs.update(attributes)
+            array = file["X"]
+        else:
+            values = file["X/data"][:]
+            del file["X/data"]
+            array = file.create_dataset("X/data", data=values, compression="gzip", chunks=(500,))
+        chunk = array.id.get_chunk_info(1)
+        offset, size = chunk.byte_offset, chunk.size
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(bytes(size))
+    with Input(path) as source, pytest.raises(CountsError, match=r"a.h5ad is damaged or cut short"):
+        list(source.blocks(10**4, tmp_path / "scratch"))
+
+
+def test_a_zarr_folder_with_a_missing_or_damaged_file_is_refused(write_input, counts, tmp_path):
+    path = write_input(counts, "a.zarr")
+    chunk = next(file for file in (path / "X/data/c").rglob("*") if file.is_file())
+    chunk.write_bytes(chunk.read_bytes()[: chunk.stat().st_size // 2])
+    with Input(path) as source, pytest.raises(CountsError, match=r"a.zarr is damaged or cut short"):
+        list(source.blocks(10**6, tmp_path / "scratch"))
+
+
+@pytest.mark.parametrize("form", ["csr", "csc", "dense"])
+def test_reading_can_begin_at_any_row(write_input, counts, tmp_path, form):
+    with Input(write_input(counts, form=form)) as source:
+        for start in (0, 1, 13, 29):
+            blocks = list(source.blocks(20, tmp_path / "scratch", start))
+            assert blocks[0][0] == start
+            x = sparse.vstack([x for _, x in blocks]).toarray()
+            np.testing.assert_array_equal(x, counts[start:])
+
+
+def test_ranges_made_for_more_memory_are_made_again(write_input, counts, tmp_path):
+    with Input(write_input(counts, form="csc")) as source:
+        read_all(source, 25, tmp_path / "scratch")
+        first = len(list((tmp_path / "scratch").glob("*.row")))
+        x, _ = read_all(source, 3, tmp_path / "scratch")
+        np.testing.assert_array_equal(x, counts)
+        assert len(list((tmp_path / "scratch").glob("*.row"))) > first
+
+
+def test_long_columns_of_text_are_read_in_parts(counts, tmp_path, monkeypatch):
+    monkeypatch.setattr("rayvaec.data.inputs.NAMES_BLOCK", 7)
+    labels = [f"t{row * 7 % 11}" for row in range(30)]
+    frame = pd.DataFrame({"cell_type": labels}, index=[f"c{row}" for row in range(30)])
+    path = tmp_path / "a.h5ad"
+    anndata.AnnData(counts, frame).write_h5ad(path, convert_strings_to_categoricals=False)
+    with Input(path) as source:
+        column = source.column("cell_type")
+    assert column.categories == tuple(sorted(set(labels)))
+    assert [column.categories[code] for code in column.codes] == labels
+
+
 def test_the_file_of_real_counts(shared, tmp_path):
     path = shared / "data" / "pbmc_10x_200.h5ad"
     with Input(path) as source:
