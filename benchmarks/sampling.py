@@ -5,7 +5,7 @@ counts: ours sparse and keyed per cell, the peer's dense from torch's global gen
 turn, and their median time is taken.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/sampling.py [--genes 2886 20000]
-        [--cells 256] [--rounds 5] [--cpu-time]
+        [--cells 1024] [--rounds 5] [--cpu-time]
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def main() -> None:
     """Print one JSON line per number of genes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--genes", type=int, nargs="+", default=[2886, 20000])
-    parser.add_argument("--cells", type=int, default=256)
+    parser.add_argument("--cells", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--cpu-time", action="store_true", help="one thread, CPU time: for machines that are busy"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from numba import njit
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     """Compile a function without the GIL, and keep the machine code for the next process.
 
     Numba keeps it beside the source, or in the user's cache folder where the source stands in a
@@ -17,17 +18,21 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Parameters
     ----------
-    function : callable
-        Plain Python that numba can compile.
+    function : callable, optional
+        Plain Python that numba can compile; without it, the result is a decorator.
+    **options
+        Further options of `numba.njit`.
 
     Returns
     -------
     callable
         The compiled function; it is specialised at the first call with new types.
     """
+    if function is None:
+        return partial(compiled, **options)
     try:
-        return njit(nogil=True, cache=True)(function)
+        return njit(nogil=True, cache=True, **options)(function)
     except RuntimeError as error:
         if "no locator available" not in str(error):
             raise
-        return njit(nogil=True)(function)
+        return njit(nogil=True, **options)(function)

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rayvaec.compiled import compiled
 from rayvaec.errors import CountsError
 from rayvaec.kernels.threads import run_all, spans
 
@@ -152,7 +152,7 @@ class CsrCounts(NamedTuple):
         )
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _row_sums(indptr: NDArray[Any], counts: NDArray[Any], totals: NDArray[Any]) -> None:
     for row in range(len(totals)):
         total = np.int64(0)
@@ -161,7 +161,7 @@ def _row_sums(indptr: NDArray[Any], counts: NDArray[Any], totals: NDArray[Any]) 
         totals[row, 0] = total
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _is_ascending(indptr: NDArray[Any], indices: NDArray[Any]) -> bool:
     """Return whether indices rise strictly within every row."""
     for row in range(len(indptr) - 1):
@@ -219,7 +219,7 @@ def checked_arrays(
     return indptr, genes, values
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _fill_places(
     indptr: NDArray[Any], indices: NDArray[Any], width: int, places: NDArray[Any]
 ) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from rayvaec.compiled import compiled
 from rayvaec.errors import ConfigError
 from rayvaec.kernels.distinct import Distinct
 from rayvaec.kernels.gene_tables import gene_tables
@@ -29,7 +29,7 @@ _F = np.float32
 _SUMMED_GENES = 256
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST, pipeline_class=Distinct)
+@compiled(error_model="numpy", fastmath=FAST, pipeline_class=Distinct)
 def _softplus_rates(a: NDArray[Any], bias: NDArray[Any], library: NDArray[Any]) -> None:
     """Turn activations, a row a lane, into library * softplus(a + bias)."""
     for gene in range(len(a)):
@@ -39,7 +39,7 @@ def _softplus_rates(a: NDArray[Any], bias: NDArray[Any], library: NDArray[Any]) 
             a[gene, lane] = library[lane] * (max(v, _F(0.0)) + log1p_unit(exp_negative(-abs(v))))
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST, pipeline_class=Distinct)
+@compiled(error_model="numpy", fastmath=FAST, pipeline_class=Distinct)
 def _softmax_rates(a: NDArray[Any], bias: NDArray[Any], library: NDArray[Any]) -> None:
     """Turn activations, a row a lane, into library * softmax(a + bias)."""
     largest = np.full(LANES, -np.inf, np.float32)

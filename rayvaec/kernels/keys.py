@@ -25,6 +25,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
+from rayvaec.compiled import compiled
 from rayvaec.errors import ConfigError
 from rayvaec.kernels.threads import run_all, spans, thread_count
 
@@ -91,7 +92,7 @@ def gene_stream(k0: np.uint64, k1: np.uint64, gene: np.uint64) -> tuple[np.uint6
     return _mix(word + k1), _mix((k1 ^ word) + _GOLDEN)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _fill_normal(
     seed: np.uint64, keys: NDArray[Any], samples: NDArray[Any], noise: NDArray[Any]
 ) -> None:

@@ -22,6 +22,7 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rayvaec.compiled import compiled
 from rayvaec.kernels.csr import checked_arrays
 from rayvaec.kernels.nb_loss_terms import RATE_FLOOR, Gradients, Inputs, chunk_rows
 from rayvaec.kernels.special import (
@@ -123,7 +124,7 @@ def _softmax_counts(
     return value + math.log(product)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _rows(
     a: NDArray[Any],
     bias: NDArray[Any],

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from rayvaec.compiled import compiled
 from rayvaec.kernels.csr import checked_arrays, tile_places
 from rayvaec.kernels.nb_loss_terms import RATE_FLOOR, Gradients, Inputs
 from rayvaec.kernels.special import (
@@ -97,7 +98,7 @@ def _counts(
     return value + math.log(product)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _tile(
     a: NDArray[Any],
     bias: NDArray[Any],

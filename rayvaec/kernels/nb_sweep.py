@@ -38,6 +38,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from rayvaec.compiled import compiled
 from rayvaec.kernels.distinct import Distinct
 from rayvaec.kernels.keys import DRAWS, gene_stream, stream_keys, uniform
 from rayvaec.kernels.special import FAST, log1p_positive
@@ -344,7 +345,7 @@ def new_walk(n_genes: int) -> Walk:
     )
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def start_rows(
     walk: Walk, seed: np.uint64, keys: NDArray[np.uint64], samples: NDArray[np.uint64]
 ) -> None:
@@ -388,7 +389,7 @@ def _note_span(
     return True
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def draw_genes(
     walk: Walk,
     n_rows: int,
@@ -440,7 +441,7 @@ def draw_genes(
     return True
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def close_ranks(walk: Walk, indptr: NDArray[Any]) -> None:
     """Put the entries of a block's rows one after another, and fill in where they start and end.
 

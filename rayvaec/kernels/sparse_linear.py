@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rayvaec.compiled import compiled
 from rayvaec.errors import ConfigError
 from rayvaec.kernels.csr import CsrCounts, checked_arrays, tile_places
 from rayvaec.kernels.nb_loss_terms import chunk_rows
@@ -40,7 +40,7 @@ _LINE = 16  # float32s of one cache line: transposing goes line by line
 _workspace = threading.local()
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _values(counts: NDArray[Any], log1p: bool, values: NDArray[Any]) -> None:
     """Set the entries of the matrix: counts, or their log1p."""
     for i in range(len(counts)):
@@ -53,7 +53,7 @@ def _values(counts: NDArray[Any], log1p: bool, values: NDArray[Any]) -> None:
             values[i] = _F(math.log1p(float(x)))
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _transpose(weight: NDArray[Any], columns: NDArray[Any], first: int, last: int) -> None:
     """Copy columns [first, last) of the weight to rows of `columns`."""
     for start in range(first, last, _LINE):
@@ -63,7 +63,7 @@ def _transpose(weight: NDArray[Any], columns: NDArray[Any], first: int, last: in
                 columns[gene, row] = weight[row, gene]
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _forward(
     places: NDArray[Any],
     indices: NDArray[Any],
@@ -78,7 +78,7 @@ def _forward(
                 add_scaled(out[row], columns[np.uint32(indices[i])], values[i])
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _backward(
     places: NDArray[Any],
     indices: NDArray[Any],

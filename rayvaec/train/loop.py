@@ -26,6 +26,7 @@ from rayvaec.data.loader import Loader, Minibatch
 from rayvaec.data.names import listing
 from rayvaec.data.store import open_store
 from rayvaec.errors import RayvaecError
+from rayvaec.kernels.threads import single_threaded_torch
 from rayvaec.location import Location
 from rayvaec.train.artefacts import save_best, save_last
 from rayvaec.train.checkpoint import RunState, checkpoint_name, read_checkpoint, write_checkpoint
@@ -151,7 +152,8 @@ class TrainLoop:
         self._epoch_began = asked - state.epoch_seconds
         for minibatch in self.loader.epoch(state.epoch, start_step=state.epoch_step):
             self._waited += time.monotonic() - asked
-            loss = self._step(minibatch)
+            with single_threaded_torch():
+                loss = self._step(minibatch)
             if state.epoch_step < self.loader.steps_per_epoch:
                 self._between_steps(loss, minibatch.n_global)
             asked = time.monotonic()
@@ -193,8 +195,9 @@ class TrainLoop:
         after a resume, so that both end with the same bits. Kernels are compiled here too.
         """
         cells = np.arange(min(self.config.batch_size, self.store.n_train))
-        loss, _ = self._loss(self.store.read(0, len(cells)), cells, len(cells))
-        loss.backward()
+        with single_threaded_torch():
+            loss, _ = self._loss(self.store.read(0, len(cells)), cells, len(cells))
+            loss.backward()
         self.optimizer.zero_grad(set_to_none=True)
 
     def _between_steps(self, loss: Tensor, n_global: int) -> None:
