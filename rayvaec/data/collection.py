@@ -208,6 +208,11 @@ class Store:
         """Identity of the contents; see `Manifest.hash`."""
         return self.manifest.hash()
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the files are on this machine, or look as if they were."""
+        return self._blobs.is_local
+
     def rows(self, split: str) -> range:
         """Return the rows of a split.
 

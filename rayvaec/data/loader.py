@@ -14,6 +14,9 @@ from rayvaec.data.store import Store
 from rayvaec.data.window import Minibatch
 from rayvaec.errors import ConfigError
 
+REMOTE_AHEAD = 8
+"""Minibatches ahead, and threads, at least, where those wait for a network and not for a core."""
+
 
 class Loader:
     """Minibatches of a store.
@@ -41,9 +44,10 @@ class Loader:
     buffer_rows : int
         Rows held decoded, over all lanes; what is shuffled together.
     prefetch : int
-        Minibatches that are prepared ahead, in a thread of their own.
+        Minibatches that are prepared ahead, in a thread of their own; 8 or more of a remote store.
     threads : int
-        Further threads, which read and decode what the minibatches are gathered from.
+        Further threads, which read and decode what the minibatches are gathered from; 8 or more
+        of a remote store.
     shuffle : bool
         Whether the order is drawn; without, minibatches are consecutive rows and each rank gets
         a consecutive part.
@@ -84,6 +88,8 @@ class Loader:
         if shuffle:
             _check_lanes(batch_size, world_size, lanes)
             _check_buffer(buffer_rows, block_rows, lanes)
+        if not store.is_local:
+            prefetch, threads = max(prefetch, REMOTE_AHEAD), max(threads, REMOTE_AHEAD)
         self._store, self._seed, self._shuffle = store, seed, shuffle
         self._rank, self._world_size, self._prefetch = rank, world_size, prefetch
         self._rows, self._threads = store.rows(split), threads

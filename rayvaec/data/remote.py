@@ -135,7 +135,10 @@ class RemoteBlobs:
         """Open an array with zarr itself."""
         import zarr
 
-        return zarr.open_array(self.zarr_store(), path=path, mode="r")
+        # Said, so that zarr does not look for the other version: S3 answers 403 where a file is
+        # missing and the user may not list.
+        version = 2 if self.whole(f"{path}/zarr.json") is None else 3
+        return zarr.open_array(self.zarr_store(), path=path, mode="r", zarr_format=version)
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
@@ -328,7 +331,16 @@ def _client(url: Url) -> Any:
 def _endpoint(url: Url) -> str:
     """Return the server that the environment names for this kind of URL."""
     if url.scheme == "s3":
-        return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+        for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"):
+            endpoint = os.environ.get(name)
+            if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+                raise ConfigError(
+                    f"{name} does not start with http:// or https://",
+                    "give the server's whole URL, or unset it",
+                )
+            if endpoint:
+                return endpoint
+        return ""
     # The emulators of Google's storage are named in the key itself.
     key = os.environ.get("GOOGLE_SERVICE_ACCOUNT_KEY", "") if url.scheme == "gs" else ""
     found = re.search(r'"gcs_base_url"\s*:\s*"(http://[^"]*)"', key)

@@ -12,7 +12,7 @@ import pytest
 from rayvaec.cli import main
 from rayvaec.data import Loader, open_store, remote
 from rayvaec.data.remote import open_blobs
-from rayvaec.errors import StoreError
+from rayvaec.errors import ConfigError, StoreError
 from rayvaec.location import location
 
 
@@ -211,11 +211,15 @@ def test_without_obstore_the_extra_is_named():
 
 
 def test_plain_http_is_for_endpoints_that_say_so(monkeypatch):
-    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
-    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
-    assert not remote._endpoint(location("s3://bucket/x")).startswith("http://")  # type: ignore[arg-type]
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    assert remote._endpoint(location("s3://bucket/x")) == ""
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    assert remote._endpoint(location("s3://bucket/x")) == "http://127.0.0.1:1"  # type: ignore[arg-type]
+    assert remote._endpoint(location("s3://bucket/x")) == "http://127.0.0.1:1"
+    for wrong in ("", "127.0.0.1:9000"):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", wrong)
+        with pytest.raises(ConfigError, match="AWS_ENDPOINT_URL does not start with http://"):
+            open_store("s3://bucket/x")
 
 
 @pytest.mark.ray
