@@ -243,12 +243,14 @@ def _fit(
     import ray.train
     import ray.train.torch
 
+    from rayvaec.train.interrupt import InterruptibleTrainer
     from rayvaec.train.verdict import FailureLimit, WaitLimit, as_own_error
     from rayvaec.train.worker import train_worker
 
     fewest, most = config.fewest_workers, config.num_workers
     api: Any = ray.train  # Ray's annotations are those of Train V1
-    trainer = api.torch.TorchTrainer(
+    trainer_class: Any = InterruptibleTrainer
+    trainer = trainer_class(
         train_worker,
         train_loop_config={
             "store": store.share(out),

@@ -68,7 +68,7 @@ def test_a_killed_driver_is_resumed_to_the_same_bits(
     family = [pid for pid, _ in descendants(train.process.pid)]
     seen = last_step(train.out)
     train.process.kill()
-    train.process.wait()
+    train.process.communicate()
     assert status(train.out) == "running"
     again = command("--num-workers", "2", "--resume")
     code, text = again.wait()
