@@ -106,7 +106,7 @@ def _draw_rate(axes: Axes, records: list[Record], steps_per_epoch: float) -> Non
 def _draw_speed(axes: Axes, epochs: list[Record]) -> None:
     speeds = [record["cells_per_second"] for record in epochs]
     edges = [epochs[0]["epoch"] - 1, *(record["epoch"] for record in epochs)]
-    axes.stairs(speeds, edges, color=OTHER, lw=1.5)
+    axes.stairs(speeds, edges, baseline=None, color=OTHER, lw=1.5)
     axes.set_ylabel("cells/s")
     axes.set_ylim(0, max(speeds) * 1.4)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
