@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,7 +137,7 @@ class RemoteBlobs:
 
         # Said, so that zarr does not look for the other version: S3 answers 403 where a file is
         # missing and the user may not list.
-        version = 2 if self.whole(f"{path}/zarr.json") is None else 3
+        version: Literal[2, 3] = 2 if self.whole(f"{path}/zarr.json") is None else 3
         return zarr.open_array(self.zarr_store(), path=path, mode="r", zarr_format=version)
 
     @cached_property

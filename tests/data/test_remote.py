@@ -175,8 +175,12 @@ def test_requests_are_made_together(random_store, serve_files):
     np.testing.assert_array_equal(store.read(0, 2345).counts, whole.counts)
     assert server.most_at_once >= 2  # counts and indices
     server.most_at_once = 0
-    minibatches(store, threads=1)
-    assert server.most_at_once >= 4  # those of several blocks, in several partitions
+    store.fetch(span for part in store.partitions for span in part.annotation_spans(0, 9))
+    assert server.most_at_once >= 6  # offsets, labels and batches of three partitions
+    server.requests.clear()
+    for part in store.partitions:
+        part.labels.read(0, 9)
+    assert not server.requests  # they are in memory now
 
 
 def test_large_files_are_asked_for_in_pieces(tmp_path, serve_files, monkeypatch):
