@@ -58,8 +58,8 @@ class Progress:
         rate = (self._done - self._before) / max(self._last_line - self._started, 1e-9)
         left = (self._total - self._done) / max(rate, 1e-9)
         logger.info(
-            "%s: %d of %d %s, %.0f/s, %s left%s",
-            *(self._task, self._done, self._total, self._unit, rate, _duration(left)),
+            "%s: %d of %d %s, %s/s, %s left%s",
+            *(self._task, self._done, self._total, self._unit, _rate(rate), _duration(left)),
             f", {self._note}" if self._note else "",
         )
 
@@ -71,6 +71,10 @@ class Progress:
             self._bar.close()
         elif self._done > self._logged:
             self._log()
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second:.0f}" if per_second >= 10 else f"{per_second:.2g}"
 
 
 def _duration(seconds: float) -> str:

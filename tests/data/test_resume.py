@@ -83,7 +83,7 @@ def inputs(write_input, counts):
 POINTS = [
     ("rayvaec.data.transpose:_columns", 2, "0 cells are checked"),
     ("rayvaec.data.survey_notes:SurveyNotes.save", 5, "cells are checked"),
-    ("rayvaec.data.scatter:Scatter.flush", 6, "0 of 5 partitions are written"),
+    ("rayvaec.data.scatter:_Block.write", 13, "0 of 5 partitions are written"),
     ("rayvaec.data.partition_jobs:write_partition", 3, "2 of 5 partitions are written"),
     ("rayvaec.data.build:write_manifest", 1, "5 of 5 partitions are written"),
     ("rayvaec.data.build:_publish", 1, "5 of 5 partitions are written"),
