@@ -211,7 +211,7 @@ class ForeignStore(Store):
             "rayvaec_foreign_store": FORMAT_VERSION,
             "location": str(self.path),
             **vars(self.findings),
-            "manifest": self.manifest.to_json(),
+            "manifest": self.manifest.sealed(),
         }
 
     def verify(self) -> None:
