@@ -61,7 +61,7 @@ class Command:
         text, _ = self.process.communicate(timeout=timeout)
         return self.process.returncode, text
 
-    def until(self, what: Callable[[], bool], timeout: float = 120) -> None:
+    def until(self, what: Callable[[], bool], timeout: float = 300) -> None:
         """Wait for something to happen while the command runs."""
         end = time.monotonic() + timeout
         while not what():
