@@ -28,6 +28,7 @@ from rayvaec.kernels.keys import position_keys
 from rayvaec.kernels.nb_sample import draw_counts
 from rayvaec.kernels.threads import single_threaded_torch
 from rayvaec.model.vaec import VAEC
+from rayvaec.train.noise import CellNoise
 
 CLOCK = time.perf_counter
 N_LABELS = 8
@@ -90,6 +91,7 @@ def our_steps(cells: Cells, batch_size: int) -> Callable[[], list[float]]:
     module = VAEC(cells.n_genes, N_LABELS)
     totals = np.bincount(cells.indices, cells.counts, cells.n_genes) + 0.5
     module.init_from_counts(torch.from_numpy(totals / totals.sum()))
+    noise = CellNoise(0, module)
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-3, eps=1e-4, fused=True)
 
     def one_pass() -> list[float]:
@@ -99,7 +101,8 @@ def our_steps(cells: Cells, batch_size: int) -> Callable[[], list[float]]:
             x, y = cells.minibatch(start, start + batch_size)
             with single_threaded_torch():
                 optimizer.zero_grad(set_to_none=True)
-                module.minibatch_loss(x, y).loss.backward()
+                keyed = noise.at(len(times), np.arange(start, start + batch_size))
+                module.minibatch_loss(x, y, noise=keyed).loss.backward()
                 optimizer.step()
             times.append(CLOCK() - began)
         return times

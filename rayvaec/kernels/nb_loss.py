@@ -183,8 +183,10 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad
+        # A loss is nearly always differentiated as it is; on a GPU looking would cost a wait.
+        as_it_is = scale.device.type == "cpu" and scale == 1
         grads = [
-            saved * scale if need else None
+            (saved if as_it_is else saved * scale) if need else None
             for saved, need in zip(ctx.saved_tensors, needed, strict=False)
         ]
         return (*grads, None, None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.distributions import Normal
 from torch.nn import functional
 
 from rayvaec.kernels.csr import CsrCounts
+from rayvaec.kernels.norm_relu import norm_relu
 from rayvaec.kernels.sparse_linear import sparse_linear
 
 VARIANCE_FLOOR = 1e-4
@@ -147,9 +148,34 @@ class FCLayers(nn.Module):
             linear, *rest = cast(nn.Sequential, layer)
             if i:
                 a = product(cast(nn.Linear, linear), _joined(a, covariates))
-            for step in rest:
+            *batch_norm, norm, _, dropout = rest
+            for step in batch_norm:
                 a = step(a)
+            a = norm_relu(a, dropout_mask(dropout, a), cast(nn.LayerNorm, norm).eps)
         return a
+
+
+def dropout_mask(dropout: nn.Module, x: Tensor) -> Tensor | None:
+    """Return what a dropout layer multiplies its input by, Tensor like `x`, or None for nothing.
+
+    Parameters
+    ----------
+    dropout : nn.Module
+        nn.Dropout, or a layer with its own method ``mask``.
+    x : Tensor[..., n]
+        Its input.
+
+    Returns
+    -------
+    Tensor like `x`, or None
+    """
+    if not dropout.training:
+        return None
+    if isinstance(dropout, nn.Dropout):
+        if not dropout.p:
+            return None
+        return torch.empty_like(x).bernoulli_(1 - dropout.p).div_(1 - dropout.p)
+    return cast(Tensor, cast(Any, dropout).mask(x))
 
 
 def _product(rows_per_product: int | None, linear: nn.Linear, x: Tensor) -> Tensor:

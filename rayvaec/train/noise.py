@@ -101,12 +101,13 @@ class CellDropout(nn.Module):
         super().__init__()
         self._draw, self.layer, self.rate = noise.mask, layer, rate
 
+    def mask(self, x: Tensor) -> Tensor:
+        """Return what Tensor[n_cells, width] is multiplied by, 0 in units that are dropped."""
+        return torch.from_numpy(self._draw(self.layer, x.shape[-1], self.rate)).to(x.device)
+
     def forward(self, x: Tensor) -> Tensor:
         """Drop units of Tensor[n_cells, width], while training."""
-        if not self.training:
-            return x
-        mask = self._draw(self.layer, x.shape[-1], self.rate)
-        return x * torch.from_numpy(mask).to(x.device)
+        return x * self.mask(x) if self.training else x
 
 
 def latent_noise(module: VAEC, seed: int, cells: NDArray[np.int64], step: int) -> Tensor:
