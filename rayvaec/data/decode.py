@@ -2,7 +2,7 @@
 
 `numcodecs.blosc.decompress` drops the GIL for the 20 microseconds that one chunk takes and then
 queues for it again, behind the other threads that decode, gather and train; `google_crc32c` keeps
-it. So the chunks of a run are read, checked and decoded in one compiled loop around the same C
+it. So the chunks of many runs are read, checked and decoded in one compiled loop around the same C
 functions, ``blosc_decompress_ctx`` and ``crc32c_value``, which the libraries export on Linux, and
 ``pread``. Where they are not to be had, the chunks are decoded one by one.
 """
@@ -12,7 +12,8 @@ from __future__ import annotations
 import ctypes
 import importlib
 import struct
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numcodecs.blosc
@@ -23,6 +24,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from rayvaec.compiled import compiled
+from rayvaec.data.blobs import OpenFile
 
 HEADER_BYTES = 16
 CRC_BYTES = 4
@@ -101,7 +103,9 @@ def decode_chunks(
         bytes; -1 if all are right.
     """
     if DECOMPRESS and CRC32C:
-        return _decode_native(DECOMPRESS, CRC32C, encoded, places, out, chunk_bytes, crc)
+        return _decode_native(
+            *(DECOMPRESS, CRC32C, encoded, places, address(out), chunk_bytes, crc)
+        )
     first = int(places[0, 0]) if len(places) else 0
     for k, (begin, length) in enumerate(places.tolist()):
         stored = encoded[begin - first : begin - first + length]
@@ -111,24 +115,39 @@ def decode_chunks(
     return -1
 
 
-def read_chunks(
-    descriptor: int,
-    encoded: NDArray[np.uint8],
-    places: NDArray[np.int64],
-    out: NDArray[np.uint8],
-    chunk_bytes: int,
-    crc: bool,
-) -> bool:
-    """Read blosc chunks that stand one after the other in an open file, and decode them.
+class ChunkRun(NamedTuple):
+    """Neighbouring blosc chunks of an open file, to be read and decoded.
 
     Parameters
     ----------
-    descriptor : int
+    file : OpenFile
         The file.
-    encoded : array of uint8
-        Room for the encoded chunks.
-    places, out, chunk_bytes, crc
-        As in `decode_chunks`; places are counted from the start of the file.
+    places : array[n_chunks, 2] of int64
+        Where in the file each chunk begins, and its length; -1 for one that is not there.
+    out : array[at least n_chunks * chunk_bytes] of uint8
+        Where to put what they hold.
+    chunk_bytes : int
+        Bytes of a decoded chunk.
+    crc : bool
+        Whether each chunk ends with its CRC-32C.
+    """
+
+    file: OpenFile
+    places: NDArray[np.int64]
+    out: NDArray[np.uint8]
+    chunk_bytes: int
+    crc: bool
+
+
+def read_chunks(runs: Sequence[ChunkRun], room: NDArray[np.uint8]) -> bool:
+    """Read and decode runs of chunks, all of them in one call without the GIL.
+
+    Parameters
+    ----------
+    runs : sequence of ChunkRun
+        What to read.
+    room : array of uint8
+        Room for encoded chunks; as many as fit are read at once.
 
     Returns
     -------
@@ -137,8 +156,20 @@ def read_chunks(
     """
     if not (DECOMPRESS and CRC32C and PREAD):
         return False
-    functions = (PREAD, DECOMPRESS, CRC32C)
-    return _read_native(*functions, descriptor, encoded, places, out, chunk_bytes, crc)
+    table = np.array(
+        [
+            (run.file.descriptor, len(run.places), address(run.out), run.chunk_bytes, run.crc)
+            for run in runs
+        ],
+        np.int64,
+    )
+    places = np.concatenate([run.places for run in runs])
+    return _read_native(PREAD, DECOMPRESS, CRC32C, table, places, room)
+
+
+def address(array: NDArray[Any]) -> int:
+    """Return where an array's memory begins."""
+    return int(array.__array_interface__["data"][0])
 
 
 def checked(chunk: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
@@ -214,11 +245,11 @@ def _decode_native(
     crc32c: int,
     encoded: NDArray[np.uint8],
     places: NDArray[np.int64],
-    out: NDArray[np.uint8],
+    target: int,
     chunk_bytes: int,
     crc: bool,
 ) -> int:
-    source, target = encoded.ctypes.data, out.ctypes.data
+    source = encoded.ctypes.data
     for k in range(len(places)):
         begin, length = places[k, 0] - places[0, 0], places[k, 1]
         if crc:
@@ -247,21 +278,50 @@ def _read_native(
     pread: int,
     decompress: int,
     crc32c: int,
-    descriptor: int,
-    encoded: NDArray[np.uint8],
+    runs: NDArray[np.int64],
     places: NDArray[np.int64],
-    out: NDArray[np.uint8],
-    chunk_bytes: int,
-    crc: bool,
+    room: NDArray[np.uint8],
 ) -> bool:
-    room, start = np.uint64(encoded.ctypes.data), places[0, 0]
-    done, n = np.int64(0), np.int64(len(encoded))
-    while done < n:
+    at = 0
+    for r in range(len(runs)):
+        descriptor, stop, target, chunk_bytes = runs[r, 0], at + runs[r, 1], runs[r, 2], runs[r, 3]
+        while at < stop:
+            end = _joined(places, at, stop, len(room))
+            start, n = places[at, 0], places[end - 1].sum() - places[at, 0]
+            if start < 0 or n > len(room) or not _fill(pread, descriptor, start, room[:n]):
+                return False
+            parts = places[at:end]
+            crc = runs[r, 4] != 0
+            if _decode_native(decompress, crc32c, room, parts, target, chunk_bytes, crc) >= 0:
+                return False
+            target += (end - at) * chunk_bytes
+            at = end
+    return True
+
+
+@compiled
+def _joined(places: NDArray[np.int64], at: int, stop: int, room: int) -> int:
+    """Return how far chunks stand one after the other and fit into the room together."""
+    end = at + 1
+    while (
+        end < stop
+        and places[end, 0] == places[end - 1].sum()
+        and places[end].sum() - places[at, 0] <= room
+    ):
+        end += 1
+    return end
+
+
+@compiled
+def _fill(pread: int, descriptor: int, start: int, room: NDArray[np.uint8]) -> bool:
+    """Read from a place of a file until the room is full."""
+    to, done = np.uint64(room.ctypes.data), np.int64(0)
+    while done < len(room):
         step = _pread(
-            *(np.uint64(pread), np.int32(descriptor), room + np.uint64(done)),
-            *(np.uint64(n - done), start + done),
+            *(np.uint64(pread), np.int32(descriptor), to + np.uint64(done)),
+            *(np.uint64(len(room) - done), start + done),
         )
         if step <= 0:
             return False
         done += step
-    return _decode_native(decompress, crc32c, encoded, places, out, chunk_bytes, crc) < 0
+    return True

@@ -11,7 +11,7 @@ import numpy as np
 from rayvaec.data.lanes import LanePlan
 from rayvaec.data.reader import LaneReader
 from rayvaec.data.store import Store
-from rayvaec.data.window import Minibatch
+from rayvaec.data.window import Buffers, Minibatch
 from rayvaec.errors import ConfigError
 
 REMOTE_AHEAD = 8
@@ -94,6 +94,7 @@ class Loader:
         self._rank, self._world_size, self._prefetch = rank, world_size, prefetch
         self._rows, self._threads = store.rows(split), threads
         self._batch_size, self._lanes, self._block_rows = batch_size, lanes, block_rows
+        self._free: list[Buffers] = []
         self._window_blocks = buffer_rows // (lanes * block_rows)
 
     @property
@@ -150,10 +151,13 @@ class Loader:
         )
         lanes = range(self._rank, self._lanes, self._world_size)
         decoders = ThreadPoolExecutor(self._threads, thread_name_prefix="rayvaec-decode")
+        reader = LaneReader(
+            *(self._store, plan, lanes, steps.start, decoders, self._prefetch, self._free)
+        )
         try:
-            reader = LaneReader(self._store, plan, lanes, steps.start, decoders, self._prefetch)
             yield from prefetched(reader.read, steps, self._prefetch)
         finally:
+            reader.close()
             decoders.shutdown(cancel_futures=True)
 
     def _in_order(self, step: int) -> Minibatch:

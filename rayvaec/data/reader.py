@@ -65,6 +65,8 @@ class LaneReader:
         Runs the loading of windows.
     ahead : int
         Windows are loaded from this many steps before they are needed.
+    free : list of Buffers
+        Room that readers before this one have left; this one takes from it and leaves its own.
     """
 
     def __init__(
@@ -75,10 +77,11 @@ class LaneReader:
         first_step: int,
         decoders: Executor,
         ahead: int,
+        free: list[Buffers],
     ) -> None:
         self._store, self._plan, self._decoders, self._ahead = store, plan, decoders, ahead
         self._lanes = [_lane(plan, number, first_step) for number in lanes]
-        self._free: list[Buffers] = []
+        self._free = free
         self._rooms: list[Buffers] = []
 
     def read(self, step: int) -> Minibatch:
@@ -125,10 +128,7 @@ class LaneReader:
 
     def _load(self, lane: _Lane, number: int) -> Window:
         begin, end = int(lane.borders[number]), int(lane.borders[number + 1])
-        try:
-            buffers = self._free.pop()
-        except IndexError:
-            buffers = Buffers(self._store)
+        buffers = self._take()
         order = self._plan.order(lane.number, number, end - begin)
         return load_window(self._store, self._plan.runs(begin, end), buffers, (begin, end), order)
 
@@ -137,9 +137,24 @@ class LaneReader:
         for room in self._rooms:
             if not room.in_use():
                 return room
-        room = Buffers(self._store)
+        room = self._take()
         # Those that are prepared ahead, one in the consumer's hands and one being gathered. A
         # consumer that keeps more gets fresh memory.
         if len(self._rooms) < self._ahead + 2:
             self._rooms.append(room)
         return room
+
+    def _take(self) -> Buffers:
+        """Return room that nobody uses."""
+        try:
+            # A consumer may still hold what was gathered last in the epoch before.
+            while (buffers := self._free.pop()).in_use():
+                pass
+        except IndexError:
+            return Buffers(self._store)
+        return buffers
+
+    def close(self) -> None:
+        """Leave the room for minibatches to the next reader."""
+        self._free += self._rooms
+        self._rooms = []

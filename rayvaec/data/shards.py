@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayvaec.data.blobs import Blobs, ByteRange, LocalBlobs
-from rayvaec.data.decode import checked, decode_chunks, read_chunks
+from rayvaec.data.decode import ChunkRun, checked, decode_chunks, read_chunks
 from rayvaec.data.integrity import check_text
 from rayvaec.data.layout import Layout
 from rayvaec.errors import StoreError
@@ -110,6 +110,7 @@ class ShardedVector:
         self._chunk_bytes = layout.chunk * layout.dtype.itemsize
         self._chunks_per_shard = layout.shard // layout.chunk
         self._indexes: dict[int, NDArray[np.uint64]] = {}
+        self._with_gaps: set[int] = set()
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -138,6 +139,9 @@ class ShardedVector:
             return 0
         chunk = self._layout.chunk
         first, last = start // chunk, -(-stop // chunk)
+        runs = self.runs(start, stop, out)
+        if runs and read_runs(runs):
+            return self.finish(start, stop, out)
         at, chunks = first, self._chunks_per_shard
         while at < last:
             end = min(last, (at // chunks + 1) * chunks)
@@ -145,6 +149,31 @@ class ShardedVector:
             self._read_chunks(at // chunks, at % chunks, end - at, out[to:])
             at = end
         return start - first * chunk
+
+    def runs(self, start: int, stop: int, out: NDArray[Any]) -> list[ChunkRun] | None:
+        """Return what `read_into` does as runs of chunks, None where it is more than that."""
+        in_range = 0 <= start < stop <= len(self) and len(out) >= self.span(start, stop)
+        if not (in_range and self._layout.blosc and isinstance(self._blobs, LocalBlobs)):
+            return None
+        chunk, chunks = self._layout.chunk, self._chunks_per_shard
+        at, last, room, found = start // chunk, -(-stop // chunk), out.view(np.uint8), []
+        while at < last:
+            shard, first = divmod(at, chunks)
+            places = self._index(shard)[first : first + last - at].view(np.int64)
+            if shard in self._with_gaps:
+                return None
+            try:
+                file = self._blobs.file(self._key(shard))
+            except OSError:
+                return None
+            found.append(ChunkRun(file, places, room, self._chunk_bytes, self._layout.crc))
+            at += len(places)
+            room = room[len(places) * self._chunk_bytes :]
+        return found
+
+    def finish(self, start: int, stop: int, out: NDArray[Any]) -> int:
+        """Return what `read_into` returns, once its runs of chunks are in the buffer."""
+        return start % self._layout.chunk
 
     def files(self, start: int, stop: int) -> list[ByteRange]:
         """Return the parts of files that `read_into` will read."""
@@ -175,30 +204,12 @@ class ShardedVector:
             while j < n and begins[j] == ends[j - 1]:
                 j += 1
             run = _scratch(ends[j - 1] - begins[i])
-            to = out[i * chunk : j * chunk]
-            if self._read_at_once(shard, run, places[i:j], to):
-                i = j
-                continue
             self._blobs.read(self._key(shard), begins[i], run)
-            bad = self._decode(run, places[i:j], to)
+            bad = self._decode(run, places[i:j], out[i * chunk : j * chunk])
             if bad >= 0:
                 chunk_number = first + i + bad
                 raise self._damaged(shard, f"chunk {chunk_number} does not match its checksum")
             i = j
-
-    def _read_at_once(
-        self, shard: int, run: NDArray[np.uint8], places: NDArray[np.uint64], out: NDArray[Any]
-    ) -> bool:
-        """Read and decode neighbouring chunks in one call; return whether that went well."""
-        if not (self._layout.blosc and isinstance(self._blobs, LocalBlobs)):
-            return False
-        try:
-            file = self._blobs.file(self._key(shard))
-        except OSError:
-            return False
-        crc, size = self._layout.crc, self._chunk_bytes
-        to = out.view(np.uint8)
-        return read_chunks(file.descriptor, run, places.view(np.int64), to, size, crc)
 
     def _decode(self, run: NDArray[np.uint8], places: NDArray[np.uint64], out: NDArray[Any]) -> int:
         """Decode neighbouring chunks; return the first that is damaged, or -1."""
@@ -218,7 +229,10 @@ class ShardedVector:
         """Return offset and length of every chunk of a shard, [n_chunks, 2]."""
         index = self._indexes.get(shard)
         if index is None:
-            index = self._indexes[shard] = self._read_index(shard)
+            index = self._read_index(shard)
+            if (index[:, 0] == _ABSENT).any():
+                self._with_gaps.add(shard)
+            self._indexes[shard] = index
         return index
 
     def _read_index(self, shard: int) -> NDArray[np.uint64]:
@@ -252,6 +266,11 @@ class ShardedVector:
             f"the file {self._blobs.locate(self._key(shard))} is damaged or cut short ({how})",
             "copy it again, or write the store again with `rayvaec prepare ... --overwrite`",
         )
+
+
+def read_runs(runs: Sequence[ChunkRun]) -> bool:
+    """Read and decode runs of chunks in one call; return whether that went well."""
+    return read_chunks(runs, _scratch(SCRATCH_BYTES))
 
 
 def _joined(ranges: list[ByteRange]) -> list[ByteRange]:

@@ -15,9 +15,13 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from rayvaec.compiled import compiled
-from rayvaec.data.shards import Vector
+from rayvaec.data.decode import address
+from rayvaec.data.ranges import read_ranges, read_together
 from rayvaec.data.store import Partition, Store
 from rayvaec.errors import StoreError
+
+HUGE_PAGE = 2**21
+"""Bytes of a page that the system hands out and finds faster; it must begin at a multiple."""
 
 COUNTS_AT, INDICES_AT, LENGTH, CELL, LABEL, BATCH = range(6)
 
@@ -57,23 +61,26 @@ class Buffers:
         return self._references() > self._idle
 
     def _references(self) -> int:
-        # A view holds a reference to the array whose memory it shows; a tensor holds the view.
-        return sys.getrefcount(self.counts) + sys.getrefcount(self.indices)
+        # A view holds a reference to the array that owns its memory; a tensor holds the view.
+        return sys.getrefcount(self.counts.base) + sys.getrefcount(self.indices.base)
 
 
 def _room(n: int, dtype: np.dtype[Any]) -> NDArray[Any]:
     # An eighth more than asked: sizes differ a little, and growing means new memory.
-    return np.empty(max(n + n // 8, 2**22 // dtype.itemsize), dtype)
+    n_bytes = max((n + n // 8) * dtype.itemsize, 2**22)
+    memory = np.empty(n_bytes + HUGE_PAGE, np.uint8)
+    start = -address(memory) % HUGE_PAGE
+    return memory[start : start + n_bytes // dtype.itemsize * dtype.itemsize].view(dtype)
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Rows of one partition: where they are and where their values begin."""
+    """Rows of one partition: where their values begin, and their codes."""
 
     partition: Partition
-    start: int
-    stop: int
     offsets: NDArray[np.int64]
+    labels: NDArray[Any]
+    batches: NDArray[Any] | None
 
     @property
     def values(self) -> tuple[int, int]:
@@ -136,62 +143,112 @@ def load_window(
     """
     places = [place for run in runs for place in store.pieces(*run)]
     store.fetch(span for p, start, stop in places for span in p.annotation_spans(start, stop))
-    pieces = [
-        _Piece(partition, start, stop, partition.indptr.read(start, stop + 1))
-        for partition, start, stop in places
-    ]
-    labels = _codes([p.partition.labels.read(p.start, p.stop) for p in pieces])
-    batches = _batches(pieces)
+    pieces = _pieces(places)
     store.fetch(span for p in pieces for span in p.partition.value_spans(*p.values))
-    buffers.reserve(
-        sum(piece.partition.counts.span(*piece.values) for piece in pieces),
-        sum(piece.partition.indices.span(*piece.values) for piece in pieces),
-    )
-    counts_at = _decode([(p.partition.counts, p) for p in pieces], buffers.counts)
-    indices_at = _decode([(p.partition.indices, p) for p in pieces], buffers.indices)
+    places_of_values = _decode(pieces, buffers)
     rows = np.empty((len(order), 6), np.int64)
-    rows[:, COUNTS_AT] = _address(buffers.counts) + counts_at * buffers.counts.itemsize
-    rows[:, INDICES_AT] = _address(buffers.indices) + indices_at * buffers.indices.itemsize
-    rows[:, LENGTH] = _lengths(pieces)
-    rows[:, CELL] = np.concatenate([np.arange(*run) for run in runs])
-    rows[:, LABEL] = labels
-    rows[:, BATCH] = 0 if batches is None else batches
-    return Window(*line, buffers=buffers, rows=rows[order])
-
-
-def _lengths(pieces: Sequence[_Piece]) -> NDArray[np.int64]:
-    """Return each row's number of values; rows are copied without further checks."""
-    lengths = np.concatenate([np.diff(piece.offsets) for piece in pieces])
-    if lengths.min(initial=0) < 0:
-        name = next(p.partition.info.name for p in pieces if np.diff(p.offsets).min(initial=0) < 0)
+    bad = fill_rows(
+        *(rows, order, places_of_values, np.concatenate([piece.offsets for piece in pieces])),
+        *(np.concatenate([np.arange(*run) for run in runs]), _codes([p.labels for p in pieces])),
+        _codes([np.zeros_like(p.labels) if p.batches is None else p.batches for p in pieces]),
+    )
+    if bad >= 0:
         raise StoreError(
-            f"the offsets in {name}/X/indptr decrease", "write the store again from its sources"
+            f"the offsets in {pieces[bad].partition.info.name}/X/indptr decrease",
+            "write the store again from its sources",
         )
-    return lengths
+    return Window(*line, buffers=buffers, rows=rows)
 
 
-def _address(array: NDArray[Any]) -> int:
-    return int(array.__array_interface__["data"][0])
+def _pieces(places: Sequence[tuple[Partition, int, int]]) -> list[_Piece]:
+    """Read offsets and codes."""
+    spans = [partition.annotation_spans(start, stop) for partition, start, stop in places]
+    found = iter(read_ranges([span for several in spans for span in several]))
+    return [
+        _Piece(place[0], next(found), next(found), next(found) if len(several) > 2 else None)
+        for place, several in zip(places, spans, strict=True)
+    ]
 
 
-def _decode(parts: Sequence[tuple[Vector, _Piece]], out: NDArray[Any]) -> NDArray[np.int64]:
-    """Decode the values of pieces one after the other; return where each row begins in `out`."""
-    rows, end = [], 0
-    for vector, piece in parts:
-        at = vector.read_into(*piece.values, out[end:])
-        rows.append(piece.offsets[:-1] + (end + at - piece.offsets[0]))
-        end += vector.span(*piece.values)
-    return np.concatenate(rows)
+def _decode(pieces: Sequence[_Piece], buffers: Buffers) -> NDArray[np.int64]:
+    """Decode the values of pieces one after the other.
+
+    Returns
+    -------
+    array[n_pieces, 5] of int64
+        For each piece its number of rows, the addresses of its first count and of its first
+        index, and the bytes of a count and of an index.
+    """
+    spans = [piece.partition.value_spans(*piece.values) for piece in pieces]
+    ends = np.cumsum([[vector.span(*span) for vector, *span in two] for two in spans], axis=0)
+    buffers.reserve(*ends[-1].tolist())
+    rooms = (buffers.counts, buffers.indices)
+    begins = [(0, 0), *ends[:-1].tolist()]
+    reads = [
+        (vector, start, stop, room[begin:])
+        for two, at in zip(spans, begins, strict=True)
+        for (vector, start, stop), begin, room in zip(two, at, rooms, strict=True)
+    ]
+    shifts = np.reshape(read_together(reads), (-1, 2)) + begins
+    sizes = [room.itemsize for room in rooms]
+    at = shifts * sizes + [address(room) for room in rooms]
+    n_rows = [len(piece.labels) for piece in pieces]
+    return np.column_stack([n_rows, at, np.broadcast_to(sizes, at.shape)])
 
 
-def _codes(parts: Sequence[NDArray[Any]]) -> NDArray[np.int32]:
-    return np.concatenate(parts).astype(np.int32)
+def _codes(parts: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
+    return np.concatenate(parts).astype(np.int64)
 
 
-def _batches(pieces: Sequence[_Piece]) -> NDArray[np.int32] | None:
-    vectors = [piece.partition.batches for piece in pieces]
-    parts = [v.read(p.start, p.stop) for v, p in zip(vectors, pieces, strict=True) if v is not None]
-    return _codes(parts) if parts else None
+@compiled
+def fill_rows(
+    rows: NDArray[np.int64],
+    order: NDArray[np.int64],
+    places: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+    cells: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    batches: NDArray[np.int64],
+) -> int:
+    """Fill the rows of a window.
+
+    Parameters
+    ----------
+    rows : array[n_rows, 6] of int64
+        What to fill, as in `Window`.
+    order : array[n_rows] of int64
+        The order to put the rows into.
+    places : array[n_pieces, 5] of int64
+        As `_decode` returns them.
+    offsets : array[n_rows + n_pieces] of int64
+        Where each row's values begin, and at the end of each piece where they end.
+    cells, labels, batches : array[n_rows] of int64
+        Row numbers and codes.
+
+    Returns
+    -------
+    int
+        The first piece whose offsets decrease, or -1: rows are copied without further checks.
+    """
+    to = np.empty(len(order), np.int64)
+    for i in range(len(order)):
+        to[order[i]] = i
+    i, at = 0, 0
+    for piece in range(len(places)):
+        n_rows, counts_at, indices_at, counts_size, indices_size = places[piece]
+        first = offsets[at]
+        for _ in range(n_rows):
+            row = rows[to[i]]
+            row[LENGTH] = offsets[at + 1] - offsets[at]
+            if row[LENGTH] < 0:
+                return piece
+            row[COUNTS_AT] = counts_at + (offsets[at] - first) * counts_size
+            row[INDICES_AT] = indices_at + (offsets[at] - first) * indices_size
+            row[CELL], row[LABEL], row[BATCH] = cells[i], labels[i], batches[i]
+            i += 1
+            at += 1
+        at += 1
+    return -1
 
 
 @dataclass(frozen=True)
