@@ -241,7 +241,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--n-cells", type=int, default=20_000, help="training cells")
     parser.add_argument("--n-genes", type=int, default=2_886)
     parser.add_argument("--held-out", type=int, default=2_000)
-    parser.add_argument("--mean-library", type=float, default=1_000.0)
+    parser.add_argument("--mean-library", type=float, default=550.0, help="counts a cell")
     parser.add_argument("--epochs", type=int, default=50, help="of scvi-tools")
     parser.add_argument("--save-at", type=int, nargs="*", default=[5, 10, 25, 50, 100, 200])
     parser.add_argument("--our-epochs", type=int, nargs="+", default=[2, 4, 6, 8, 12])
