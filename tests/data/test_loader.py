@@ -218,6 +218,21 @@ def test_room_is_used_again(random_store, monkeypatch):
         pass
     # One for each lane's window and one for the next; those ahead, one in hand, one being made.
     assert len(made) <= 2 * 16 + 4
+    for epoch in range(1, 4):
+        for _ in loader.epoch(epoch):
+            pass
+    # What one epoch made is enough for the next.
+    assert len(made) <= 2 * 16 + 4
+
+
+def test_a_minibatch_keeps_its_values_into_the_next_epoch(random_store):
+    loader = Loader(open_store(random_store.path), 64, **SMALL)
+    kept = [list(loader.epoch(0))[-1]]
+    for epoch in range(1, 4):
+        *_, last = loader.epoch(epoch)
+        kept.append(last)
+    for minibatch in kept:
+        np.testing.assert_array_equal(dense(minibatch), random_store.matrix[minibatch.cells])
 
 
 def test_the_threads_end_with_the_epoch(random_store):
