@@ -62,7 +62,11 @@ def add_prepare(verbs: Verbs) -> None:
     verb.add_argument("--val-fraction", type=float, help="cells kept for validation (default: 0.1)")
     verb.add_argument("--seed", type=int, help="seed of the shuffle (default: 0)")
     verb.add_argument("--num-workers", type=int, default=1, help="Ray tasks that write partitions")
-    verb.add_argument("--codec", choices=("lz4", "zstd"), help="fast or small (default: lz4)")
+    verb.add_argument(
+        "--codec",
+        choices=("lz4", "zstd"),
+        help="lz4: the fastest to read; zstd: the smallest (default: lz4)",
+    )
     verb.add_argument(
         "--memory",
         metavar="SIZE",

@@ -16,6 +16,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
+from rayvaec.data.delta import delta_filter, without_delta_warning
 from rayvaec.errors import ConfigError
 
 SHARD_BYTES = 128 * 2**20
@@ -44,7 +45,14 @@ def shard_elements(n: int, dtype: Any, chunk: int) -> int:
 
 
 def create_vector(
-    group: zarr.Group, key: str, n: int, dtype: Any, *, chunk: int, codec: str = "lz4"
+    group: zarr.Group,
+    key: str,
+    n: int,
+    dtype: Any,
+    *,
+    chunk: int,
+    codec: str = "lz4",
+    rising: bool = False,
 ) -> zarr.Array[Any]:
     """Create a sharded, compressed, checksummed 1-d array that anndata reads.
 
@@ -64,6 +72,9 @@ def create_vector(
         Elements of a chunk, at least 1.
     codec : {"lz4", "zstd"}
         Blosc with lz4hc or with zstd, level 5, byte shuffle.
+    rising : bool, optional
+        Whether most elements are a little larger than the one before; with ``"zstd"``, the
+        differences are stored then.
 
     Returns
     -------
@@ -78,23 +89,32 @@ def create_vector(
     check_codec(codec)
     itemsize = np.dtype(dtype).itemsize
     blosc = BloscCodec(cname=CODECS[codec], clevel=5, shuffle="shuffle", typesize=itemsize)  # type: ignore[arg-type]
-    return group.create_array(
-        key,
-        shape=(n,),
-        dtype=dtype,
-        chunks=(chunk,),
-        shards=(shard_elements(n, dtype, chunk),),
-        compressors=[blosc, Crc32cCodec()],
-        fill_value=0,
-        attributes={"encoding-type": "array", "encoding-version": "0.2.0"},
-    )
+    with without_delta_warning():
+        return group.create_array(
+            key,
+            shape=(n,),
+            dtype=dtype,
+            chunks=(chunk,),
+            shards=(shard_elements(n, dtype, chunk),),
+            filters=[delta_filter(dtype)] if rising and codec == "zstd" else None,
+            compressors=[blosc, Crc32cCodec()],
+            fill_value=0,
+            attributes={"encoding-type": "array", "encoding-version": "0.2.0"},
+        )
 
 
 def write_vector(
-    group: zarr.Group, key: str, values: NDArray[Any], *, chunk: int, codec: str = "lz4"
+    group: zarr.Group,
+    key: str,
+    values: NDArray[Any],
+    *,
+    chunk: int,
+    codec: str = "lz4",
+    rising: bool = False,
 ) -> None:
     """Write a 1-d array as `create_vector` makes it, one shard at a time to bound memory."""
-    array = create_vector(group, key, len(values), values.dtype, chunk=chunk, codec=codec)
+    n, dtype = len(values), values.dtype
+    array = create_vector(group, key, n, dtype, chunk=chunk, codec=codec, rising=rising)
     step = shard_elements(len(values), values.dtype, chunk)
     for start in range(0, len(values), step):
         array[start : start + step] = values[start : start + step]
@@ -194,7 +214,7 @@ def write_csr(
         },
     )
     write_vector(matrix, "data", values, chunk=chunk, codec=codec)
-    write_vector(matrix, "indices", indices, chunk=chunk, codec=codec)
+    write_vector(matrix, "indices", indices, chunk=chunk, codec=codec, rising=True)
     write_vector(matrix, "indptr", indptr, chunk=ROW_CHUNK)
 
 

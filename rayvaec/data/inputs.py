@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from rayvaec.data.align import check_offsets, check_positions
+from rayvaec.data.delta import without_delta_warning
 from rayvaec.data.names import choices, listing
 from rayvaec.data.transpose import csc_rows
 from rayvaec.errors import CountsError
@@ -224,7 +225,8 @@ class Input:
     def _csr_blocks(self, elements: int, start: int) -> Iterator[tuple[int, sparse.csr_array]]:
         indptr = self._matrix["indptr"][:].astype(np.int64, copy=False)
         check_offsets(indptr, self.n_cells, self.stored, self.where)
-        data, indices = self._matrix["data"], self._matrix["indices"]
+        with without_delta_warning():
+            data, indices = self._matrix["data"], self._matrix["indices"]
         while start < self.n_cells:
             stop = _block_end(indptr, start, elements)
             part = slice(int(indptr[start]), int(indptr[stop]))

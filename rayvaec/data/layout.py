@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from rayvaec.data.delta import is_delta
+
 _TYPES = {
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
     *("float16", "float32", "float64"),
@@ -33,6 +35,8 @@ class Layout:
         Value of elements that were not written.
     index_at_end : bool
         Whether a shard's index stands at its end, not at its start.
+    delta : bool
+        Whether chunks hold differences of neighbours; see `rayvaec.data.delta`.
     blosc, crc : bool
         Whether chunks are compressed by blosc, and then followed by a CRC-32C.
     separator : str
@@ -45,6 +49,7 @@ class Layout:
     shard: int
     fill_value: bool | int | float
     index_at_end: bool
+    delta: bool
     blosc: bool
     crc: bool
     separator: str
@@ -77,7 +82,9 @@ class Layout:
         sharding = _configured(codec, "sharding_indexed")
         (chunk,) = sharding["chunk_shape"]
         fill_value = metadata["fill_value"]
-        array_to_bytes, *others = sharding["codecs"]
+        dtype, codecs = np.dtype(metadata["data_type"]), sharding["codecs"]
+        delta = is_delta(codecs[0], dtype)
+        array_to_bytes, *others = codecs[1:] if delta else codecs
         names = [other["name"] for other in others]
         endian = _configured(array_to_bytes, "bytes").get("endian", "little")
         known = (
@@ -95,11 +102,12 @@ class Layout:
             return None
         return cls(
             n=n,
-            dtype=np.dtype(metadata["data_type"]),
+            dtype=dtype,
             chunk=chunk,
             shard=shard,
             fill_value=fill_value,
             index_at_end=sharding.get("index_location", "end") == "end",
+            delta=delta,
             blosc="blosc" in names,
             crc="crc32c" in names,
             separator=keys.get("separator", "/"),

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from rayvaec.data.blobs import Blobs, ByteRange, LocalBlobs
 from rayvaec.data.decode import ChunkRun, checked, decode_chunks, read_chunks
+from rayvaec.data.delta import undo_delta, without_delta_warning
 from rayvaec.data.integrity import check_text
 from rayvaec.data.layout import Layout
 from rayvaec.errors import StoreError
@@ -173,6 +174,8 @@ class ShardedVector:
 
     def finish(self, start: int, stop: int, out: NDArray[Any]) -> int:
         """Return what `read_into` returns, once its runs of chunks are in the buffer."""
+        if self._layout.delta:
+            undo_delta(out[: self.span(start, stop)], self._layout.chunk)
         return start % self._layout.chunk
 
     def files(self, start: int, stop: int) -> list[ByteRange]:
@@ -204,11 +207,14 @@ class ShardedVector:
             while j < n and begins[j] == ends[j - 1]:
                 j += 1
             run = _scratch(ends[j - 1] - begins[i])
+            to = out[i * chunk : j * chunk]
             self._blobs.read(self._key(shard), begins[i], run)
-            bad = self._decode(run, places[i:j], out[i * chunk : j * chunk])
+            bad = self._decode(run, places[i:j], to)
             if bad >= 0:
                 chunk_number = first + i + bad
                 raise self._damaged(shard, f"chunk {chunk_number} does not match its checksum")
+            if self._layout.delta:
+                undo_delta(to, chunk)
             i = j
 
     def _decode(self, run: NDArray[np.uint8], places: NDArray[np.uint64], out: NDArray[Any]) -> int:
@@ -297,7 +303,8 @@ class ZarrVector:
     def __init__(self, blobs: Blobs, path: str) -> None:
         self._where = blobs.locate(path)
         try:
-            self._array = blobs.zarr_array(path)
+            with without_delta_warning():
+                self._array = blobs.zarr_array(path)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._unreadable(error) from error
 
