@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -227,10 +228,10 @@ def test_room_is_used_again(random_store, monkeypatch):
 
 def test_a_minibatch_keeps_its_values_into_the_next_epoch(random_store):
     loader = Loader(open_store(random_store.path), 64, **SMALL)
-    kept = [list(loader.epoch(0))[-1]]
-    for epoch in range(1, 4):
-        *_, last = loader.epoch(epoch)
-        kept.append(last)
+    kept = []
+    for epoch in range(4):
+        # The only one held: a list of all of them would hold the room of the first.
+        kept += deque(loader.epoch(epoch), maxlen=1)
     for minibatch in kept:
         np.testing.assert_array_equal(dense(minibatch), random_store.matrix[minibatch.cells])
 
