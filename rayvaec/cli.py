@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     arguments = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    root, to_stderr = logging.getLogger(), logging.StreamHandler(sys.stderr)
+    root.addHandler(to_stderr)
+    root.setLevel(logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     debug = getattr(arguments, "debug", False)
     # A stop by `kill` or `ray job stop` cleans up just as one by the keyboard does.
@@ -54,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(f"failed: {type(error).__name__}: {error} (see --debug)", 1, debug)
     finally:
         signal.signal(signal.SIGTERM, before)
+        root.removeHandler(to_stderr)
     return 0
 
 

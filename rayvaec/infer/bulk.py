@@ -178,8 +178,9 @@ def _run(
             *(len(cells.extra_genes), listing(cells.extra_genes)),
         )
     with ray_session():
-        check_cpus(num_workers, f"{num_workers} workers")
-        check_gpus(num_workers * use_gpu, f"{num_workers} workers")
+        who = f"{num_workers} worker{'s' * (num_workers > 1)}"
+        check_cpus(num_workers, who)
+        check_gpus(num_workers * use_gpu, who)
         check_seen([Path(model_path), where], [out])
         region = _region_rows(quantity, model, store)
         ledger = _begin(quantity, model, store, out.absolute(), region, use_gpu)

@@ -297,7 +297,7 @@ def test_batches_go_with_the_cells(tmp_path: Path) -> None:
         ({"n_samples": 1, "reduce": ("mean", "mean")}, "given twice"),
         ({"n_samples": 1, "num_workers": 0}, "num_workers=0"),
         ({"n_samples": 1, "num_workers": 99}, "99 workers need 99 CPUs and Ray has 2"),
-        ({"n_samples": 1, "use_gpu": True}, "1 workers need 1 GPUs"),
+        ({"n_samples": 1, "use_gpu": True}, "1 worker needs 1 GPU"),
     ],
 )
 def test_options_out_of_range_are_refused_and_leave_nothing(

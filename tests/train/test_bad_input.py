@@ -24,11 +24,8 @@ def refuse(
     store_path: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., str]:
     """Give options to `rayvaec train`; returns the one line in which they are refused."""
-    # It would keep this test's standard error for the tests after this one.
-    monkeypatch.setattr("rayvaec.cli.logging.basicConfig", lambda **_: None)
 
     def run(*options: Any, store: Path = store_path) -> str:
         out = tmp_path / "run"
