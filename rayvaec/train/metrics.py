@@ -175,21 +175,23 @@ class RecordTail:
 
     def __init__(self, run: Path) -> None:
         self._path = run / METRICS
-        self._file, self._offset, self._step = -1, 0, -1
+        self._offset, self._last, self._step = 0, b"", -1
 
     def read(self) -> list[dict[str, Any]]:
         """Return the records that have been added since the last call."""
         try:
             with self._path.open("rb") as file:
-                inode = os.fstat(file.fileno()).st_ino
-                if inode != self._file or file.seek(0, os.SEEK_END) < self._offset:
-                    self._file, self._offset = inode, 0
-                file.seek(self._offset)
+                # The last line that was read tells whether this is still the same file.
+                file.seek(self._offset - len(self._last))
+                if file.read(len(self._last)) != self._last:
+                    self._offset = file.seek(0)
                 text = file.read()
         except FileNotFoundError:
             return []
         whole = text[: text.rfind(b"\n") + 1]
         self._offset += len(whole)
+        if whole:
+            self._last = whole[whole.rfind(b"\n", 0, -1) + 1 :]
         records = [json.loads(line) for line in whole.splitlines()]
         new = [record for record in records if record["step"] > self._step]
         self._step = max([self._step, *(record["step"] for record in new)])

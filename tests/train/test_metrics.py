@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from rayvaec.train.metrics import (
+    METRICS,
+    RecordTail,
     append_record,
     cut_records,
     read_epochs,
@@ -53,3 +55,27 @@ def test_progress_is_replaced(tmp_path: Path) -> None:
     write_progress(tmp_path, 1, 100)
     write_progress(tmp_path, 2, 300)
     assert read_progress(tmp_path) == {"epoch": 2, "cells": 300}
+
+
+def test_a_tail_gives_every_step_once_though_the_file_is_written_anew(tmp_path: Path) -> None:
+    tail = RecordTail(tmp_path)
+    assert tail.read() == []
+
+    def steps() -> list[int]:
+        return [record["step"] for record in tail.read()]
+
+    for step in (10, 20):
+        append_record(tmp_path, {"epoch": 1, "step": step})
+    assert steps() == [10, 20]
+    assert steps() == []
+    with (tmp_path / METRICS).open("a") as file:
+        file.write('{"epoch": 1, "st')
+    assert steps() == []
+    # Longer than what was read, and in the same place on the disk.
+    lines = [f'{{"epoch": 2, "step": {step}}}\n' for step in (15, 20, 25, 30)]
+    with (tmp_path / METRICS).open("r+") as file:
+        file.truncate()
+        file.writelines(lines)
+    assert steps() == [25, 30]
+    append_record(tmp_path, {"epoch": 3, "step": 40})
+    assert steps() == [40]
