@@ -28,8 +28,8 @@ from rayvaec.kernels.nb_sweep import (
 )
 from rayvaec.kernels.threads import run_all
 
-TILE_GENES = 2 * SPAN
-"""Genes of a tile; its rates, and the weights they are made with, fill half of a core's cache."""
+TILE_GENES = 4 * SPAN
+"""Genes of a tile: its rates, 1 MiB, stay in the core's own cache until they are drawn from."""
 
 RatesOf = Callable[[slice], NDArray[np.float32]]
 
