@@ -35,7 +35,7 @@ from rayvaec.kernels.special import (
     log1p_positive,
     product_into,
 )
-from rayvaec.kernels.threads import run_all, spans
+from rayvaec.kernels.threads import run_all, spans, threads_for
 
 _F = np.float32
 _PIECES = 8
@@ -234,14 +234,16 @@ class _Work:
             [
                 partial(self._rows, rows.start, slice(*span), self.sums[piece])
                 for piece, span in enumerate(spans(n_rows, _PIECES))
-            ]
+            ],
+            threads_for(n_rows * n_genes),
         )
         if self.want:
             run_all(
                 [
                     partial(self._genes, rows, slice(start, min(start + _TILE_GENES, n_genes)))
                     for start in range(0, n_genes, _TILE_GENES)
-                ]
+                ],
+                threads_for(n_rows * n_genes),
             )
 
     def _rows(self, origin: int, piece: slice, sums: NDArray[np.float32]) -> None:

@@ -36,7 +36,7 @@ from rayvaec.kernels.special import (
     product_into,
     short_dot,
 )
-from rayvaec.kernels.threads import run_all, spans
+from rayvaec.kernels.threads import run_all, spans, threads_for
 
 _F = np.float32
 CHUNK_CELLS = 1024
@@ -212,7 +212,8 @@ class _Work:
             [
                 partial(self._group, rows, range(*group), places, losses[i], sums_h[i])
                 for i, group in enumerate(groups)
-            ]
+            ],
+            threads_for(n_rows * n_genes),
         )
         self.loss[rows] = torch.from_numpy(losses.sum(0))
         if self.want:

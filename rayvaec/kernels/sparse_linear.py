@@ -30,6 +30,7 @@ from rayvaec.kernels.threads import (
     single_threaded_torch,
     spans,
     thread_count,
+    threads_for,
 )
 
 _F = np.float32
@@ -169,7 +170,7 @@ class _Sparse(torch.autograd.Function):
         values = np.empty(len(counts), _F)
         _values(counts, log1p, values)
         places = tile_places(indptr, indices, _TILE_GENES, x.n_genes)
-        columns = _columns(weight, x.n_genes)
+        columns = _columns(weight, x.n_genes, x.n_cells)
         with single_threaded_torch():
             if beside is None:
                 out = torch.zeros(x.n_cells, len(weight))
@@ -180,7 +181,8 @@ class _Sparse(torch.autograd.Function):
             [
                 partial(_forward, places[a:b], indices, values, columns, into[a:b])
                 for a, b in spans(x.n_cells, 4 * thread_count())
-            ]
+            ],
+            threads_for(x.n_cells * x.n_genes),
         )
         ctx.weight, ctx.beside, ctx.x = weight, beside, x
         ctx.entries = places, indices, values
@@ -199,13 +201,14 @@ class _Sparse(torch.autograd.Function):
                 partial(_backward, places, indices, values, outer, into, tile, first, last)
                 for tile, first in enumerate(starts)
                 for last in [min(first + _TILE_GENES, ctx.x.n_genes)]
-            ]
+            ],
+            threads_for(ctx.x.n_cells * ctx.x.n_genes),
         )
         with single_threaded_torch():
             return *_finish_gradient(ctx, grad, grad_out), None, None
 
 
-def _columns(weight: Tensor, n_genes: int) -> NDArray[np.float32]:
+def _columns(weight: Tensor, n_genes: int, n_cells: int) -> NDArray[np.float32]:
     """Return the weight's columns as rows, in a buffer that this thread keeps.
 
     Fresh memory would cost as much on its first touch as the product itself.
@@ -218,7 +221,8 @@ def _columns(weight: Tensor, n_genes: int) -> NDArray[np.float32]:
         [
             partial(_transpose, source, kept, a * _LINE, min(b * _LINE, n_genes))
             for a, b in spans(-(-n_genes // _LINE), 4 * thread_count())
-        ]
+        ],
+        threads_for(n_cells * n_genes),
     )
     return kept
 

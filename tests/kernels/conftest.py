@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -25,3 +25,11 @@ def make_counts() -> Callable[..., CsrCounts]:
         )
 
     return make
+
+
+@pytest.fixture(autouse=True, scope="module")
+def share_small_work() -> Iterator[None]:
+    """Let small work, too, go to all threads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rayvaec.kernels.threads.LEAST_SHARED", 0)
+        yield

@@ -7,7 +7,13 @@ import time
 import pytest
 import torch
 
-from rayvaec.kernels.threads import run_all, single_threaded_torch, spans, thread_count
+from rayvaec.kernels.threads import (
+    run_all,
+    single_threaded_torch,
+    spans,
+    thread_count,
+    threads_for,
+)
 
 
 @pytest.mark.parametrize(("n_items", "n_pieces"), [(0, 3), (1, 4), (10, 3), (7, 7), (5, 1)])
@@ -101,3 +107,9 @@ def test_tasks_run_torch_on_one_core_and_leave_its_number_as_it_was():
         assert fresh == [2]
     finally:
         torch.set_num_threads(before)
+
+
+def test_small_work_stays_on_one_thread(monkeypatch):
+    monkeypatch.setattr("rayvaec.kernels.threads.LEAST_SHARED", 1000)
+    assert threads_for(999) == 1
+    assert threads_for(1000) == thread_count()
