@@ -2,9 +2,9 @@
 
 A draw is one count: cells x genes x samples. Both sides start from z's distribution and end with
 counts: ours sparse and keyed per cell, the peer's dense from torch's global generator. They run in
-turn, and their median time is taken.
+turn, and their median time is taken. OMP_WAIT_POLICY is best left alone: PASSIVE slows the peer.
 
-    OMP_WAIT_POLICY=PASSIVE python benchmarks/sampling.py [--genes 2886 20000]
+    python benchmarks/sampling.py [--genes 2886 20000]
         [--cells 1024] [--rounds 5] [--cpu-time]
 """
 

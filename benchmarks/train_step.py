@@ -2,10 +2,10 @@
 
 A step is: minibatch from CSR in memory, forward, backward, Adam. Both sides train on the same
 counts, in turn, and their median step is taken. Without scvi-tools (extra `bench`) only ours runs.
+OMP_WAIT_POLICY is best left alone: PASSIVE halves the peer's speed at small minibatches.
 
-    OMP_WAIT_POLICY=PASSIVE python benchmarks/train_step.py [--genes 2886 20000]
+    python benchmarks/train_step.py [--genes 2886 20000]
         [--batch-sizes 1024 128] [--rounds 3] [--cpu-time]
-
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def test_results_come_in_the_order_of_the_tasks(n_threads):
 
 def test_two_threads_work_at_once():
     meet = threading.Barrier(2, timeout=10)
-    run_all([meet.wait, meet.wait], 2)
+    assert sorted(run_all([meet.wait, meet.wait], 2)) == [0, 1]
 
 
 @pytest.mark.parametrize("n_threads", [1, 2])
