@@ -7,11 +7,8 @@ it was when it is given again. What comes out does not depend on any of that.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +19,9 @@ import rayvaec
 from rayvaec.data.names import listing
 from rayvaec.data.obs_keys import ObsKeys
 from rayvaec.data.store import Store, open_store
-from rayvaec.errors import ConfigError, RayvaecError
+from rayvaec.errors import ConfigError
 from rayvaec.files import check_free
+from rayvaec.infer.actors import actors, explained, run_stage
 from rayvaec.infer.ledger import Ledger
 from rayvaec.infer.output import array_at, create_layer, create_output, shards_of
 from rayvaec.infer.quantities import (
@@ -39,14 +37,12 @@ from rayvaec.infer.regions import RegionWorker, Work
 from rayvaec.infer.store_cells import StoreCells
 from rayvaec.infer.trained import TrainedModel, check_draws, load_model
 from rayvaec.location import location
-from rayvaec.progress import Progress
 from rayvaec.runtime import check_cpus, check_gpus, check_job_paths, check_seen, ray_session
 
 logger = logging.getLogger("rayvaec")
 
 REGION_BYTES = 64 * 2**20
 MIN_REGION, MAX_REGION = 64, 16384
-RESTARTS = 3
 
 
 def sample_store(
@@ -195,10 +191,10 @@ def _run(
             *(str(ledger.output), str(ledger.parts), region, _device(use_gpu)),
         )
         try:
-            with _workers(work, num_workers, use_gpu) as workers:
+            with actors(RegionWorker, work, num_workers, use_gpu) as workers:
                 _fill(workers, work, ledger, store.n_cells, model.registry.n_genes)
         except Exception as error:
-            raise _explained(error, ledger.folder) from error
+            raise explained(error, ledger.folder) from error
         ledger.publish()
 
 
@@ -239,21 +235,6 @@ def _device(use_gpu: bool) -> str:
     return "cuda" if use_gpu else "cpu"
 
 
-def _explained(error: Exception, kept: Path) -> Exception:
-    """Return what went wrong in a worker as the error that the user should see."""
-    from ray.exceptions import RayActorError, RayTaskError
-
-    again = f"finished regions are kept in {kept}: give the same command again to go on"
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(cause, RayvaecError):
-        return cause
-    if isinstance(cause, RayActorError):
-        return RayvaecError(f"a worker died more than {RESTARTS} times ({cause})", again)
-    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RayvaecError(f"no space is left for the output ({cause})", f"free some; {again}")
-    return RayvaecError(f"bulk work failed: {type(cause).__name__}: {cause}", again)
-
-
 def _region_rows(quantity: Quantity | Draws, model: TrainedModel, store: Store) -> int:
     """Return how many cells' results take about REGION_BYTES, as a power of two."""
     if isinstance(quantity, Draws):
@@ -265,27 +246,11 @@ def _region_rows(quantity: Quantity | Draws, model: TrainedModel, store: Store) 
     return int(np.clip(rows, MIN_REGION, MAX_REGION))
 
 
-@contextmanager
-def _workers(work: Work, num_workers: int, use_gpu: bool) -> Iterator[list[Any]]:
-    """Start the actors; a dead one is started again, and its task with it."""
-    import ray
-
-    remote: Any = ray.remote(RegionWorker).options(
-        num_cpus=1, num_gpus=int(use_gpu), max_restarts=RESTARTS, max_task_retries=RESTARTS
-    )
-    workers: list[Any] = [remote.remote(work) for _ in range(num_workers)]
-    try:
-        yield workers
-    finally:
-        for worker in workers:
-            ray.kill(worker)
-
-
 def _fill(workers: list[Any], work: Work, ledger: Ledger, n_cells: int, n_genes: int) -> None:
     starts = range(0, n_cells, work.region)
     calls = {number: ("region", (number,)) for number in range(len(starts))}
     sizes = {number: min(work.region, n_cells - start) for number, start in enumerate(starts)}
-    records = _stage(workers, ledger, "regions", calls, sizes, "cells")
+    records = run_stage(workers, ledger, "regions", calls, sizes, "cells")
     if not isinstance(work.quantity, Draws):
         return
     nnz = np.array([records[number]["nnz"] for number in calls], np.int64)
@@ -309,53 +274,4 @@ def _assemble(workers: list[Any], ledger: Ledger, root: zarr.Group, nnz: np.ndar
             for span in shards_of(array_at(root, f"layers/sample_{sample}/{key}")):
                 calls[len(calls)] = (method, (sample, span, reference))
                 sizes[len(sizes)] = span[1] - span[0] if method == "values" else 0
-    _stage(workers, ledger, "files", calls, sizes, "values")
-
-
-def _stage(
-    workers: list[Any],
-    ledger: Ledger,
-    stage: str,
-    calls: Mapping[int, tuple[str, tuple[Any, ...]]],
-    sizes: Mapping[int, int],
-    unit: str,
-) -> dict[int, Any]:
-    """Have the workers make those of the calls that are not recorded; return all records."""
-    records = ledger.finished(stage, calls)
-    missing = {item: call for item, call in calls.items() if item not in records}
-    if records:
-        logger.info("going on: %d of %d %s are finished", len(records), len(calls), stage)
-    task = {"regions": "computing", "files": "writing"}[stage]
-    with Progress(sum(sizes[item] for item in missing), unit, task) as bar:
-        for item, record in _results(workers, missing):
-            ledger.finish(stage, item, record)
-            records[item] = record
-            bar.advance(sizes[item])
-    return records
-
-
-def _results(
-    workers: list[Any], calls: Mapping[int, tuple[str, tuple[Any, ...]]]
-) -> Iterator[tuple[int, Any]]:
-    """Yield items and results as they come; after an error, those under way and then the error."""
-    import ray
-
-    waiting, idle = list(calls.items())[::-1], list(workers)
-    running: dict[Any, tuple[int, Any]] = {}
-    failure: Exception | None = None
-    while running or (waiting and failure is None):
-        while idle and waiting and failure is None:
-            item, (method, arguments) = waiting.pop()
-            worker = idle.pop()
-            running[getattr(worker, method).remote(*arguments)] = item, worker
-        (done,), _ = ray.wait(list(running), num_returns=1)
-        item, worker = running.pop(done)
-        idle.append(worker)
-        try:
-            result = ray.get(done)
-        except ray.exceptions.RayError as error:
-            failure = failure or error
-        else:
-            yield item, result
-    if failure is not None:
-        raise failure
+    run_stage(workers, ledger, "files", calls, sizes, "values")
