@@ -49,7 +49,10 @@ def service(trained: TrainedModel) -> Service:
 def url(service: Service) -> Iterator[str]:
     """An endpoint that needs a token, on a port of its own."""
     config = uvicorn.Config(
-        create_app(service, digest(TOKEN)), port=0, log_level="critical", ws="none"
+        create_app({"model": service}, service.limits, digest(TOKEN)),
+        port=0,
+        log_level="critical",
+        ws="none",
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)

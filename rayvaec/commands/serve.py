@@ -1,4 +1,4 @@
-"""serve: a model's draws over HTTP."""
+"""serve: models' draws over HTTP."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from rayvaec.commands.options import Verbs
 
 def add_serve(verbs: Verbs) -> None:
     """Add the verb to the parser."""
-    verb = verbs.add_parser("serve", help="serve a model's draws over HTTP, on Ray Serve")
-    verb.add_argument("model", type=Path, metavar="MODEL")
+    verb = verbs.add_parser("serve", help="serve models' draws over HTTP, on Ray Serve")
+    verb.add_argument(
+        "models", nargs="+", metavar="[NAME=]MODEL", help="several models need a name each"
+    )
     verb.add_argument("--host", default="127.0.0.1", help="another address needs a token")
     verb.add_argument("--port", type=int, default=8000, help="0 for any that is free")
     verb.add_argument("--num-replicas", type=int, default=1, metavar="N")
@@ -22,9 +24,10 @@ def add_serve(verbs: Verbs) -> None:
 
 def _serve(arguments: argparse.Namespace) -> None:
     from rayvaec.serve.app import run
+    from rayvaec.serve.models import named_models
 
     run(
-        arguments.model,
+        named_models(arguments.models),
         host=arguments.host,
         port=arguments.port,
         num_replicas=arguments.num_replicas,

@@ -9,22 +9,24 @@ import shlex
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 
+from rayvaec.data.registry import Registry
 from rayvaec.errors import ConfigError, RayvaecError
-from rayvaec.infer.trained import TrainedModel, load_model
+from rayvaec.infer.trained import load_model
 from rayvaec.runtime import ray_session, usable_cpus
 from rayvaec.serve.auth import TOKEN_VARIABLE, check_bind, token_digest
 from rayvaec.serve.limits import Limits
+from rayvaec.serve.models import ONLY_NAME, check_names
 from rayvaec.serve.routes import create_app
-from rayvaec.serve.service import Service
+from rayvaec.serve.service import Service, Threads
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -39,8 +41,10 @@ class ServeArgs(BaseModel):
 
     Parameters
     ----------
-    model : str
+    model : str, optional
         Folder of the saved model, as every node sees it.
+    models : dict, optional
+        In place of `model`: folders of several models, by the name that each is served under.
     token_file : str, optional
         File with the token, as every node sees it; by default RAYVAEC_TOKEN of the replicas.
     token_sha256 : str, optional
@@ -57,7 +61,8 @@ class ServeArgs(BaseModel):
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
-    model: str
+    model: str | None = None
+    models: dict[str, str] = {}
     token_file: str | None = None
     token_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     num_replicas: int = Field(1, ge=1)
@@ -65,15 +70,27 @@ class ServeArgs(BaseModel):
     use_gpu: bool = False
     limits: Limits = Limits()
 
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if (self.model is None) == (not self.models):
+            raise ValueError("needs model: FOLDER or models: {NAME: FOLDER, ...}, one of the two")
+        check_names(self.named_models)
+        return self
+
+    @property
+    def named_models(self) -> dict[str, str]:
+        """Folders of all models, by name."""
+        return self.models if self.model is None else {ONLY_NAME: self.model}
+
 
 @serve.ingress()
 class Endpoint:
-    """A replica: it is routed to once its model is loaded and its kernels are compiled.
+    """A replica: it is routed to once its models are loaded and their kernels are compiled.
 
     Parameters
     ----------
     args : ServeArgs
-        Where the model is and how to serve it.
+        Where the models are and how to serve them.
     """
 
     def __init__(self, args: ServeArgs) -> None:
@@ -81,14 +98,17 @@ class Endpoint:
 
         torch.set_num_threads(max(int(args.cpus_per_replica), 1))
         self._token_digest = args.token_sha256 or token_digest(args.token_file)
-        model = load_model(args.model, "cuda" if args.use_gpu else "cpu")
-        self._service = Service(model, args.limits)
-        self._service.warm_up()
+        self._limits, threads = args.limits, Threads()
+        self._services: dict[str, Service] = {}
+        for name, folder in args.named_models.items():
+            model = load_model(folder, "cuda" if args.use_gpu else "cpu")
+            self._services[name] = Service(model, args.limits, threads)
+            self._services[name].warm_up()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Return the application; Ray Serve calls this once the model is loaded."""
+        """Return the application; Ray Serve calls this once the models are loaded."""
         # The proxy in front adds X-Request-ID to every answer.
-        return create_app(self._service, self._token_digest, behind_proxy=True)
+        return create_app(self._services, self._limits, self._token_digest, behind_proxy=True)
 
 
 def build(args: ServeArgs) -> serve.Application:
@@ -97,7 +117,7 @@ def build(args: ServeArgs) -> serve.Application:
     Parameters
     ----------
     args : ServeArgs
-        Where the model is and how to serve it.
+        Where the models are and how to serve them.
 
     Returns
     -------
@@ -128,7 +148,7 @@ def build(args: ServeArgs) -> serve.Application:
 
 
 def run(
-    model: str | Path,
+    models: Mapping[str, str | Path],
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -136,12 +156,12 @@ def run(
     use_gpu: bool = False,
     token_file: str | Path | None = None,
 ) -> None:
-    """Serve a model until SIGINT or SIGTERM; requests in work are finished before it returns.
+    """Serve models until SIGINT or SIGTERM; requests in work are finished before it returns.
 
     Parameters
     ----------
-    model : str or Path
-        Folder of the saved model.
+    models : mapping of str or Path
+        Folders of the saved models, by the names that they are served under.
     host : str
         Address to listen on; any but a loopback address needs a token.
     port : int
@@ -158,12 +178,13 @@ def run(
     ConfigError
         If the address may not or cannot be listened on, or Ray has too few CPUs or GPUs.
     ModelError
-        If there is no model at `model`.
+        If there is no model in one of the folders.
     RayvaecError
         If the replicas do not start.
     """
-    path = Path(model).resolve()
-    trained = load_model(path)
+    check_names(models)
+    paths = {name: Path(folder).resolve() for name, folder in models.items()}
+    registries = {name: load_model(path).registry for name, path in paths.items()}
     digest = token_digest(token_file)
     check_bind(host, digest is not None)
     joined = "RAY_ADDRESS" in os.environ
@@ -171,21 +192,22 @@ def run(
         port = check_port(host, port)
         cpus = _cpus_per_replica(num_replicas, use_gpu, *_own_resources())
     with _stopped_by_signals() as stopped:
-        print(f"loading {path} on {num_replicas} replica(s)", flush=True)
+        folders = ", ".join(map(str, paths.values()))
+        print(f"loading {folders} on {num_replicas} replica(s)", flush=True)
         try:
             with ray_session():
                 _take_signals(stopped)  # Ray puts its own handler for SIGTERM
                 if joined:
                     cpus = _cpus_per_replica(num_replicas, use_gpu, *_cluster_resources())
                 args = ServeArgs(
-                    model=str(path),
+                    models={name: str(path) for name, path in paths.items()},
                     token_sha256=digest,
                     num_replicas=num_replicas,
                     cpus_per_replica=1.0 if joined else cpus,
                     use_gpu=use_gpu,
                 )
                 with _deployed(args, host, port):
-                    _announce(trained, host, port, digest is not None)
+                    _announce(registries, host, port, digest is not None)
                     stopped.wait()
                     print("stopping: finishing the requests in work", flush=True)
         except _StoppedEarly:
@@ -332,17 +354,22 @@ class _Stop:
         self._event.wait()
 
 
-def _announce(model: TrainedModel, host: str, port: int, token: bool) -> None:
+def _announce(registries: Mapping[str, Registry], host: str, port: int, token: bool) -> None:
     """Say where the endpoint is and show a request that works."""
     address = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(host, host)  # noqa: S104
     url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
-    label = (model.registry.labels or ("",))[0]
+    name, first = next(iter(registries.items()))
+    route = f"/v1/models/{name}/generate" if len(registries) > 1 else "/v1/generate"
+    label = (first.labels or ("",))[0]
     body = f'{{"label": {_json_string(label)}, "n_cells": 1, "library": 1000, "seed": 0}}'
     header = f' -H "Authorization: Bearer ${TOKEN_VARIABLE}"' if token else ""
+    sizes = [f"{r.n_genes} genes, {r.n_labels} labels" for r in registries.values()]
+    if len(registries) > 1:
+        sizes = [f"{each}: {size}" for each, size in zip(registries, sizes, strict=True)]
     print(
-        f"ready: {url} ({model.registry.n_genes} genes, {model.registry.n_labels} labels)\n"
+        f"ready: {url} ({'; '.join(sizes)})\n"
         f"docs:  {url}/docs\n"
-        f"try:   curl -s {url}/v1/generate{header} -H 'Content-Type: application/json' "
+        f"try:   curl -s {url}{route}{header} -H 'Content-Type: application/json' "
         f"-d {shlex.quote(body)}",
         flush=True,
     )

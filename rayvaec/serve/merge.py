@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from typing import Any, Protocol
 
 
@@ -24,7 +24,7 @@ class Sized(Protocol):
 
 
 class Merger:
-    """Runs work in one thread, off the event loop, as much at a time as waits and fits.
+    """Runs work in a thread, off the event loop, as much at a time as waits and fits.
 
     Parameters
     ----------
@@ -33,12 +33,18 @@ class Merger:
         is raised to the request whose job it is.
     max_rows : int
         Most rows of one call to `work`; a larger job runs alone.
+    executor : Executor
+        The thread, which other mergers may use as well: their calls take turns.
     """
 
-    def __init__(self, work: Callable[[list[Any]], Sequence[Any]], max_rows: int) -> None:
-        self._work, self._max_rows = work, max_rows
+    def __init__(
+        self,
+        work: Callable[[list[Any]], Sequence[Any]],
+        max_rows: int,
+        executor: Executor,
+    ) -> None:
+        self._work, self._max_rows, self._executor = work, max_rows, executor
         self._waiting: deque[tuple[Sized, asyncio.Future[Any]]] = deque()
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="rayvaec-sampler")
         self._runner: asyncio.Task[None] | None = None
 
     async def submit(self, job: Sized) -> Any:
@@ -100,7 +106,3 @@ class Merger:
             return await loop.run_in_executor(self._executor, self._work, jobs)
         except Exception as error:
             return [error] * len(jobs)
-
-    def close(self) -> None:
-        """End the thread once its present work is done."""
-        self._executor.shutdown(wait=False, cancel_futures=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -16,7 +16,7 @@ import rayvaec
 from rayvaec.errors import RequestError
 from rayvaec.serve import requests
 from rayvaec.serve.guard import Guard, problem_response, request_id_of
-from rayvaec.serve.limits import read_body
+from rayvaec.serve.limits import Limits, read_body
 from rayvaec.serve.schemas import (
     DrawsAnswer,
     ExpressionAnswer,
@@ -25,6 +25,8 @@ from rayvaec.serve.schemas import (
     LatentAnswer,
     LatentRequest,
     ModelAnswer,
+    ModelEntry,
+    ModelsAnswer,
     Problem,
     SampleRequest,
     StatusAnswer,
@@ -35,28 +37,28 @@ from rayvaec.serve.wire import ARROW, JSON
 
 _ROUTES = (
     (
-        "/v1/sample",
+        "sample",
         requests.sample_task,
         SampleRequest,
         DrawsAnswer,
         "Posterior-predictive draws p(x^ | x, y)",
     ),
     (
-        "/v1/generate",
+        "generate",
         requests.generate_task,
         GenerateRequest,
         DrawsAnswer,
         "New cells: z from the prior, counts given z, label and library size",
     ),
     (
-        "/v1/latent",
+        "latent",
         requests.latent_task,
         LatentRequest,
         LatentAnswer,
         "Mean and variance of q(z | x, y)",
     ),
     (
-        "/v1/expression",
+        "expression",
         requests.expression_task,
         ExpressionRequest,
         ExpressionAnswer,
@@ -79,14 +81,20 @@ _ARROW_BODY = {"schema": {"type": "string", "format": "binary"}}
 
 
 def create_app(
-    service: Service, token_digest: str | None = None, *, behind_proxy: bool = False
+    services: Mapping[str, Service],
+    limits: Limits,
+    token_digest: str | None = None,
+    *,
+    behind_proxy: bool = False,
 ) -> FastAPI:
-    """Build the application.
+    """Build the application: every model under /v1/models/NAME, a single one under /v1 as well.
 
     Parameters
     ----------
-    service : Service
-        What answers.
+    services : mapping of Service
+        What answers, by the model's name; one or more.
+    limits : Limits
+        How many requests there may be at once, and how long an answer may take to begin.
     token_digest : str, optional
         SHA-256 of the token that requests need; see `rayvaec.serve.auth`.
     behind_proxy : bool
@@ -100,7 +108,8 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        service.close()
+        for service in services.values():
+            service.close()
 
     app = FastAPI(
         title="rayvaec",
@@ -111,16 +120,16 @@ def create_app(
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
     )
-    app.state.service = service
-    app.add_middleware(
-        Guard, limits=service.limits, token_digest=token_digest, behind_proxy=behind_proxy
-    )
+    app.state.services = services
+    app.add_middleware(Guard, limits=limits, token_digest=token_digest, behind_proxy=behind_proxy)
     app.add_exception_handler(HTTPException, _no_such_route)
     app.add_exception_handler(RequestValidationError, _not_valid)
     _add_status(app)
-    _add_model(app, service)
-    for path, reader, request_schema, answer_schema, summary in _ROUTES:
-        _add_work(app, service, path, reader, request_schema, answer_schema, summary)
+    _add_list(app, services)
+    for name, service in services.items():
+        _add_all(app, service, f"/v1/models/{name}", tag=name, shown=len(services) > 1)
+    if len(services) == 1:
+        _add_all(app, service, "/v1", tag="the model", shown=True)
     app.openapi = lambda: _openapi(app, token_digest is not None)  # type: ignore[method-assign]
     return app
 
@@ -136,15 +145,45 @@ def _add_status(app: FastAPI) -> None:
         return StatusAnswer(status="ready")
 
 
-def _add_model(app: FastAPI, service: Service) -> None:
-    described = JSONResponse(service.describe())
+def _add_list(app: FastAPI, services: Mapping[str, Service]) -> None:
+    listed = [
+        ModelEntry(
+            name=name,
+            path=f"/v1/models/{name}",
+            model_hash=service.model.hash,
+            n_genes=service.model.registry.n_genes,
+            n_labels=service.model.registry.n_labels,
+        )
+        for name, service in services.items()
+    ]
 
     @app.get(
-        "/v1/model",
+        "/v1/models",
+        summary="The models that are served, and where",
+        responses=_problems(401),
+        tags=["models"],
+    )
+    async def models() -> ModelsAnswer:
+        return ModelsAnswer(models=listed)
+
+
+def _add_all(app: FastAPI, service: Service, prefix: str, tag: str, shown: bool) -> None:
+    """Add the routes of one model; unless `shown`, /openapi.json does not hold them."""
+    router = APIRouter(prefix=prefix, tags=[tag], include_in_schema=shown)
+    _add_model(router, service)
+    for name, reader, request_schema, answer_schema, summary in _ROUTES:
+        _add_work(router, service, name, reader, request_schema, answer_schema, summary)
+    app.include_router(router)
+
+
+def _add_model(router: APIRouter, service: Service) -> None:
+    described = JSONResponse(service.describe())
+
+    @router.get(
+        "/model",
         summary="Genes, labels, configuration, hashes and limits",
         response_model=ModelAnswer,
         responses=_problems(401),
-        tags=["model"],
     )
     async def model() -> Response:
         return Response(
@@ -155,9 +194,9 @@ def _add_model(app: FastAPI, service: Service) -> None:
 
 
 def _add_work(
-    app: FastAPI,
+    router: APIRouter,
     service: Service,
-    path: str,
+    name: str,
     reader: requests.Reader,
     request_schema: type,
     answer_schema: type,
@@ -165,11 +204,10 @@ def _add_work(
 ) -> None:
     body = {JSON: {"schema": {"$ref": f"#/components/schemas/{request_schema.__name__}"}}}
 
-    @app.post(
-        path,
-        name=path.rpartition("/")[2],
+    @router.post(
+        f"/{name}",
+        name=name,
         summary=summary,
-        tags=["draws"],
         responses={
             200: {"model": answer_schema, "content": {ARROW: _ARROW_BODY}},
             **_problems(*_STATUSES),
@@ -262,8 +300,10 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
             *(405, "method_not_allowed"),
         )
         return problem_response(problem, request_id_of(request.scope), Allow=allowed)
+    names = list(request.app.state.services)
+    fix = f"name a model: /v1/models/NAME/... of {', '.join(names)}" if names[1:] else "see /docs"
     problem = RequestError(
-        f"there is nothing at {request.url.path[:200]}", "see /docs", status, "not_found"
+        f"there is nothing at {request.url.path[:200]}", fix, status, "not_found"
     )
     return problem_response(problem, request_id_of(request.scope))
 

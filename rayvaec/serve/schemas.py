@@ -239,6 +239,24 @@ class ModelAnswer(BaseModel):
     limits: dict[str, float]
 
 
+class ModelEntry(BaseModel):
+    """One of the models that are served."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    name: str
+    path: str = Field(description="What the addresses of its routes begin with")
+    model_hash: str
+    n_genes: int
+    n_labels: int
+
+
+class ModelsAnswer(BaseModel):
+    """The models that are served."""
+
+    models: list[ModelEntry]
+
+
 class StatusAnswer(BaseModel):
     """Whether the server lives, or is ready."""
 

@@ -32,8 +32,30 @@ _READERS = 2
 _JOBS_AHEAD = 2
 
 
+class Threads:
+    """The threads of a replica; its models share them, as they share its CPUs.
+
+    Attributes
+    ----------
+    sampler : ThreadPoolExecutor
+        The one thread that computes.
+    readers : ThreadPoolExecutor
+        Decode requests and encode answers; few, since a body being decoded takes many times its
+        size.
+    """
+
+    def __init__(self) -> None:
+        self.sampler = ThreadPoolExecutor(1, thread_name_prefix="rayvaec-sampler")
+        self.readers = ThreadPoolExecutor(_READERS, thread_name_prefix="rayvaec-reader")
+
+    def close(self) -> None:
+        """End the threads once their present work is done."""
+        self.sampler.shutdown(wait=False, cancel_futures=True)
+        self.readers.shutdown(wait=False, cancel_futures=True)
+
+
 class Service:
-    """One model and the threads that work for it.
+    """One model at work.
 
     Parameters
     ----------
@@ -41,13 +63,15 @@ class Service:
         The model.
     limits : Limits
         Bounds on requests.
+    threads : Threads, optional
+        Those that work for it; by default threads of its own.
     """
 
-    def __init__(self, model: TrainedModel, limits: Limits) -> None:
+    def __init__(self, model: TrainedModel, limits: Limits, threads: Threads | None = None) -> None:
         self.model, self.limits = model, limits
-        self._merger = Merger(partial(run_jobs, model.module), MERGED_ROWS)
-        # Few, since a body being decoded takes many times its size.
-        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="rayvaec-reader")
+        self._threads = threads or Threads()
+        work = partial(run_jobs, model.module)
+        self._merger = Merger(work, MERGED_ROWS, self._threads.sampler)
 
     async def read(self, reader: Reader, body: Body) -> Task:
         """Decode and check a request, off the event loop.
@@ -69,7 +93,8 @@ class Service:
             If the request is refused.
         """
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._readers, reader, body, self.model, self.limits)
+        read = partial(reader, body, self.model, self.limits)
+        return await loop.run_in_executor(self._threads.readers, read)
 
     async def arrow(self, task: Task) -> AsyncIterator[bytes]:
         """Yield an Arrow answer in pieces, as its jobs are done.
@@ -108,7 +133,7 @@ class Service:
         def encode() -> bytes:
             return json.dumps({**task.facts, **task.as_json(results)}, allow_nan=False).encode()
 
-        return await asyncio.get_running_loop().run_in_executor(self._readers, encode)
+        return await asyncio.get_running_loop().run_in_executor(self._threads.readers, encode)
 
     async def _results(self, task: Task, then: Callable[[Any], Any]) -> AsyncGenerator[Any, None]:
         """Yield the jobs' results in order; the next jobs wait at the merger meanwhile."""
@@ -168,8 +193,7 @@ class Service:
 
     def close(self) -> None:
         """End the threads once their present work is done."""
-        self._merger.close()
-        self._readers.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
 
 
 def _same(result: Any) -> Any:

@@ -67,7 +67,8 @@ def serve_with(trained: TrainedModel) -> Callable[..., Http]:
     """Build an application with limits, token and the like of its own."""
 
     def build(token_digest: str | None = None, **limits: Any) -> Http:
-        return Http(create_app(Service(trained, Limits(**limits)), token_digest))
+        bounds = Limits(**limits)
+        return Http(create_app({"model": Service(trained, bounds)}, bounds, token_digest))
 
     return build
 

@@ -33,8 +33,14 @@ TOKEN = "0123456789abcdef0123"
 def test_the_arguments_of_a_config_file_are_checked():
     args = ServeArgs.model_validate({"model": "m", "limits": {"max_cells": 5}})
     assert args.limits == Limits(max_cells=5)
+    assert args.named_models == {"model": "m"}
+    several = {"atlas": "a", "lung": "b"}
+    assert ServeArgs.model_validate({"models": several}).named_models == several
     for wrong in (
         {},
+        {"models": {}},
+        {"model": "m", "models": several},
+        {"models": ["a", "b"]},
         {"model": "m", "modle": "m"},
         {"model": "m", "num_replicas": 0},
         {"model": "m", "token_sha256": TOKEN},
@@ -42,6 +48,8 @@ def test_the_arguments_of_a_config_file_are_checked():
     ):
         with pytest.raises(ValidationError):
             ServeArgs.model_validate(wrong)
+    with pytest.raises(ConfigError, match="'a/b' cannot be the name of a model"):
+        ServeArgs.model_validate({"models": {"a/b": "m"}})
     with pytest.raises(ConfigError, match="limit max_cells is 0"):
         ServeArgs.model_validate({"model": "m", "limits": {"max_cells": 0}})
 
@@ -121,7 +129,7 @@ def test_what_cannot_be_served_is_refused_before_ray_starts(
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(kind, match=words) as caught:
-        run(**{"model": model_path, "port": 0, **arguments})
+        run({"model": arguments.pop("model", model_path)}, **{"port": 0, **arguments})
     assert isinstance(caught.value, RayvaecError)
     assert caught.value.exit_code == 2
     assert signal.getsignal(signal.SIGTERM) is handler
@@ -156,7 +164,7 @@ def server(model_path: Path) -> Iterator[Server]:
     mark = f"RAYVAEC_TEST_{uuid.uuid4().hex}"
     environment = {**os.environ, "RAYVAEC_TOKEN": TOKEN, mark: "1"}
     port = check_port("127.0.0.1", 0)
-    command = ["serve", str(model_path), "--port", str(port), "--num-replicas", "2"]
+    command = ["serve", f"atlas={model_path}", "--port", str(port), "--num-replicas", "2"]
     process = subprocess.Popen(
         [sys.executable, "-m", "rayvaec", *command],
         env=environment,
@@ -192,7 +200,7 @@ def test_the_command_serves_and_stops_without_a_trace(
         assert client.ready()
         assert np.array_equal(client.sample(adata, n_samples=5, seed=3, as_="array"), expected)
         same_from_both_replicas(client, adata, expected)
-    refused = httpx.get(f"{server.url}/v1/model", timeout=30)
+    refused = httpx.get(f"{server.url}/v1/models/atlas/model", timeout=30)
     assert refused.status_code == 401
     assert refused.headers.get_list("X-Request-ID") == [refused.json()["request_id"]]
     assert server.url in "".join(server.said)

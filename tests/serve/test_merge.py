@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -36,7 +37,8 @@ async def submit_all(
     recorder: Recorder, parts: list[Part], max_rows: int = 10, cancel: int | None = None
 ) -> list[object]:
     """Submit the first part, and the others while it is in work."""
-    merger = Merger(recorder, max_rows)
+    executor = ThreadPoolExecutor(1, "rayvaec-sampler")
+    merger = Merger(recorder, max_rows, executor)
     tasks = [asyncio.create_task(merger.submit(parts[0]))]
     while not recorder.calls:
         await asyncio.sleep(0.001)
@@ -47,7 +49,7 @@ async def submit_all(
         await asyncio.sleep(0)
     recorder.go.set()
     results = await asyncio.gather(*tasks, return_exceptions=True)
-    merger.close()
+    executor.shutdown()
     return results
 
 
@@ -79,11 +81,12 @@ def test_a_crash_reaches_all_and_the_next_work_goes_on():
     recorder.go.set()
 
     async def go() -> None:
-        merger = Merger(recorder, 10)
+        executor = ThreadPoolExecutor(1)
+        merger = Merger(recorder, 10, executor)
         with pytest.raises(OSError, match="crash"):
             await merger.submit(Part("crash"))
         assert await merger.submit(Part("a")) == "A"
-        merger.close()
+        executor.shutdown()
 
     asyncio.run(go())
 

@@ -161,10 +161,11 @@ def test_requests_at_the_same_time_do_not_change_each_other(http, body, monkeypa
     merged: list[int] = []
     run_jobs = service.run_jobs
     monkeypatch.setattr(
-        http.app.state.service._merger,
+        http.app.state.services["model"]._merger,
         "_work",
         lambda jobs: (
-            merged.append(len(jobs)) or run_jobs(http.app.state.service.model.module, jobs)
+            merged.append(len(jobs))
+            or run_jobs(http.app.state.services["model"].model.module, jobs)
         ),
     )
     requests = [
@@ -632,7 +633,7 @@ def test_an_answer_that_has_begun_is_not_timed(serve_with, body, monkeypatch):
 
 
 def slow(http: Any, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    merger = http.app.state.service._merger
+    merger = http.app.state.services["model"]._merger
     work = merger._work
 
     def late(jobs: list[Any]) -> Any:
@@ -666,7 +667,7 @@ def test_a_failure_of_the_server_tells_nothing(serve_with, body, monkeypatch, ca
     def broken(*_: Any) -> None:
         raise ZeroDivisionError(f"secret {number}")
 
-    monkeypatch.setattr(http.app.state.service._merger, "_work", broken)
+    monkeypatch.setattr(http.app.state.services["model"]._merger, "_work", broken)
     with caplog.at_level(logging.ERROR, "rayvaec"):
         response = http.post("/v1/sample", json=body)
     said = problem(response, 500)
