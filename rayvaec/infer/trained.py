@@ -46,13 +46,15 @@ class TrainedModel:
         How the model came to be: versions, seed, store hash, metrics, date.
     hash : str
         Identity of configuration, registry and weights.
+    summary : TrainingSummary or None
+        What the training data looks like, where the model knows.
     """
 
     def __init__(self, saved: SavedModel) -> None:
         self.module = saved.module
         self.registry = Registry.from_json(saved.registry)
         self.provenance = saved.provenance
-        self.hash = saved.hash
+        self.hash, self.summary = saved.hash, saved.summary
         config = saved.module.config
         if (config.n_input, config.n_labels) != (self.registry.n_genes, self.registry.n_labels):
             raise ModelError(

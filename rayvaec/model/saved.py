@@ -6,6 +6,7 @@
     model.safetensors    weights, under scvi-tools' names
     registry.json        genes, labels, batches
     provenance.json      versions, seed, store, metrics, date
+    summary.safetensors  what the training data looks like; not in every model
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rayvaec.errors import ModelError, RayvaecError
 from rayvaec.files import whole_output, write_json
 from rayvaec.model.config import VAECConfig
 from rayvaec.model.forms import form_of
+from rayvaec.model.summary import TrainingSummary, read_summary
 from rayvaec.model.vaec import VAEC
 
 FORMAT_VERSION = 1
@@ -47,12 +49,15 @@ class SavedModel:
         The contents of registry.json and provenance.json.
     hash : str
         SHA-256 over configuration, registry and weights: the identity of the model.
+    summary : TrainingSummary, optional
+        What its training data looks like.
     """
 
     module: VAEC
     registry: dict[str, Any]
     provenance: dict[str, Any]
     hash: str
+    summary: TrainingSummary | None = None
 
 
 def save_model(
@@ -141,7 +146,11 @@ def read_model(path: Path, device: str | torch.device = "cpu") -> SavedModel:
             "copy the model folder again",
         ) from error
     return SavedModel(
-        module.to(device), _read_json(path / REGISTRY), _read_json(path / PROVENANCE), _hash(path)
+        module.to(device),
+        _read_json(path / REGISTRY),
+        _read_json(path / PROVENANCE),
+        _hash(path),
+        read_summary(path, arguments.n_input, arguments.n_labels),
     )
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rayvaec.data.store import Store
+from rayvaec.data.summary import summarise
+from rayvaec.errors import StoreError
 from rayvaec.model.saved import save_model
 from rayvaec.model.vaec import VAEC
 from rayvaec.train.config import TrainConfig
 from rayvaec.train.replica import model_registry
 from rayvaec.train.storage import patiently
 
+logger = logging.getLogger("rayvaec")
 BEST, LAST = "model", "last"
 
 
@@ -43,6 +47,25 @@ def save_last(
 ) -> None:
     """Write RUN/last; parameters as in `save_best`."""
     _save(run / LAST, module, store, config, record)
+
+
+def save_summaries(run: Path, store: Store) -> None:
+    """Put a summary of the training data beside the models; without one they are as good.
+
+    Parameters
+    ----------
+    run : Path
+        The run folder, with its models.
+    store : Store
+        What they were trained on.
+    """
+    try:
+        summary = summarise(store)
+        for name in (BEST, LAST):
+            if (run / name).is_dir():
+                summary.save(run / name)
+    except (OSError, StoreError) as error:
+        logger.warning("%s has no summary of the training data: %s", run / BEST, error)
 
 
 def _save(

@@ -20,7 +20,7 @@ from rayvaec.files import remove
 from rayvaec.location import Location, Url, location
 from rayvaec.runtime import check_job_paths, check_seen, ray_session
 from rayvaec.train import run as folder
-from rayvaec.train.artefacts import BEST, LAST
+from rayvaec.train.artefacts import BEST, LAST, save_summaries
 from rayvaec.train.checkpoint import drop_old_checkpoints
 from rayvaec.train.config import TrainConfig
 from rayvaec.train.report import Follower
@@ -199,6 +199,7 @@ def _fit_and_follow(
     try:
         with Follower(out, config, store.n_train) as follower:
             summary = _fit_through_outages(store, out, config, cpus, resume_from)
+        save_summaries(out, store)
         folder.end(out, "finished", summary)
         status = "finished"
     except KeyboardInterrupt:

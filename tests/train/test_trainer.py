@@ -54,6 +54,8 @@ def test_two_workers_train(finished: RunResult, store_path: Path) -> None:
     assert finished.startup_seconds > 0
     assert read_model(finished.model).provenance["store_hash"] == store.hash
     assert torch.equal(weights(run)["px_r"], read_model(finished.model).module.px_r)
+    for model in (finished.model, finished.last):
+        assert read_model(model).summary.cells.sum() == store.n_train
     assert TrainConfig.from_options(run / "config.json") == TrainConfig.from_json(
         {**SETTINGS, "num_workers": 2}
     )
