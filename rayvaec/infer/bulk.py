@@ -24,6 +24,7 @@ from rayvaec.files import check_free
 from rayvaec.infer.actors import actors, explained, run_stage
 from rayvaec.infer.ledger import Ledger
 from rayvaec.infer.output import array_at, create_layer, create_output, shards_of
+from rayvaec.infer.posterior import check_draws
 from rayvaec.infer.quantities import (
     Draws,
     Elbo,
@@ -35,7 +36,7 @@ from rayvaec.infer.quantities import (
 )
 from rayvaec.infer.regions import RegionWorker, Work
 from rayvaec.infer.store_cells import StoreCells
-from rayvaec.infer.trained import TrainedModel, check_draws, load_model
+from rayvaec.infer.trained import TrainedModel, load_model
 from rayvaec.location import location
 from rayvaec.runtime import check_cpus, check_gpus, check_job_paths, check_seen, ray_session
 

@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rayvaec.errors import ConfigError
 from rayvaec.kernels.csr import CsrCounts
 from rayvaec.kernels.keys import normal_noise
 from rayvaec.kernels.nb_sample import Draws
 from rayvaec.model.draws import BLOCK_ROWS, draw_rows, padded
-from rayvaec.model.losses import MIXTURE_DRAWS
 from rayvaec.model.vaec import VAEC
 
 ELBO_SAMPLE = 2**63
@@ -66,10 +66,34 @@ class Cells:
             self.keys[start:stop],
         )
 
+    def take(self, positions: NDArray[np.int64]) -> Cells:
+        """Return the cells at some positions, in that order."""
+        lengths = np.diff(self.indptr)[positions]
+        indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        entries = np.repeat(self.indptr[positions] - indptr[:-1], lengths) + np.arange(indptr[-1])
+        return Cells(
+            indptr,
+            self.indices[entries],
+            self.counts[entries],
+            self.labels[positions],
+            None if self.batches is None else self.batches[positions],
+            self.keys[positions],
+        )
+
 
 @dataclass(frozen=True)
-class _Block:
-    """BLOCK_ROWS rows as tensors: the cells of `rows`, then empty padding."""
+class Block:
+    """BLOCK_ROWS rows as tensors: the cells of `rows`, then empty padding.
+
+    Parameters
+    ----------
+    rows : slice
+        Which cells these are.
+    x : CsrCounts
+        Raw counts of BLOCK_ROWS x n_input.
+    y, batch_index : Tensor[BLOCK_ROWS, 1]
+        Label and batch codes; batches None in models without.
+    """
 
     rows: slice
     x: CsrCounts
@@ -78,6 +102,7 @@ class _Block:
 
     @property
     def n(self) -> int:
+        """Number of cells."""
         return self.rows.stop - self.rows.start
 
 
@@ -85,7 +110,8 @@ def _device(module: VAEC) -> torch.device:
     return module.px_r.device
 
 
-def _blocks(module: VAEC, cells: Cells) -> Iterator[_Block]:
+def blocks(module: VAEC, cells: Cells) -> Iterator[Block]:
+    """Cut cells into blocks of BLOCK_ROWS rows on the model's device."""
     device = _device(module)
     for start in range(0, len(cells), BLOCK_ROWS):
         stop = min(start + BLOCK_ROWS, len(cells))
@@ -93,7 +119,7 @@ def _blocks(module: VAEC, cells: Cells) -> Iterator[_Block]:
         indptr = np.pad(part.indptr, (0, BLOCK_ROWS - len(part)), mode="edge")
         x = CsrCounts.from_numpy(indptr, part.indices, part.counts, module.config.n_input)
         batch_index = None if part.batches is None else _codes(part.batches, device)
-        yield _Block(
+        yield Block(
             slice(start, stop),
             x,
             padded(_codes(part.labels, device)),
@@ -121,7 +147,7 @@ def latent(module: VAEC, cells: Cells) -> tuple[NDArray[np.float32], NDArray[np.
     """
     mean = np.empty((len(cells), module.config.n_latent), np.float32)
     variance = np.empty_like(mean)
-    for block in _blocks(module, cells):
+    for block in blocks(module, cells):
         qz = module.encode(block.x, block.y, block.batch_index)
         mean[block.rows] = qz.loc[: block.n].cpu().numpy()
         variance[block.rows] = qz.variance[: block.n].cpu().numpy()
@@ -143,15 +169,33 @@ def expression(module: VAEC, cells: Cells) -> NDArray[np.float32]:
     NDArray[n_cells, n_genes], rows sum to 1
     """
     result = np.empty((len(cells), module.config.n_input), np.float32)
-    for block in _blocks(module, cells):
+    for block in blocks(module, cells):
         qz = module.encode(block.x, block.y, block.batch_index)
-        rate = module.decode(qz.loc, torch.ones_like(qz.loc[:, :1]), block.y, block.batch_index)
-        mean = module.mean_of_rate(rate)
-        result[block.rows] = (mean / mean.sum(1, keepdim=True))[: block.n].cpu().numpy()
+        decoded = shares(module, qz.loc, block.y, block.batch_index)
+        result[block.rows] = decoded[: block.n].cpu().numpy()
     return result
 
 
 @torch.no_grad()
+def shares(module: VAEC, z: Tensor, y: Tensor, batch_index: Tensor | None) -> Tensor:
+    """Return each gene's share of the expected counts, given z.
+
+    Parameters
+    ----------
+    module : VAEC
+        The model, in evaluation mode.
+    z : Tensor[n_rows, n_latent]
+    y, batch_index : Tensor[n_rows, 1]
+        Label and batch codes.
+
+    Returns
+    -------
+    Tensor[n_rows, n_genes], rows sum to 1
+    """
+    mean = module.mean_of_rate(module.decode(z, torch.ones_like(z[:, :1]), y, batch_index))
+    return mean / mean.sum(1, keepdim=True)
+
+
 def elbo(module: VAEC, cells: Cells, seed: int = 0) -> NDArray[np.float64]:
     """Return each cell's evidence lower bound, from one keyed draw of z.
 
@@ -167,20 +211,41 @@ def elbo(module: VAEC, cells: Cells, seed: int = 0) -> NDArray[np.float64]:
     -------
     NDArray[n_cells], in nats, higher is better
     """
-    result = np.empty(len(cells), np.float64)
+    reconstruction, divergence = bound_terms(module, cells, seed)
+    return -(reconstruction + divergence)
+
+
+@torch.no_grad()
+def bound_terms(
+    module: VAEC, cells: Cells, seed: int = 0
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the two terms of each cell's negative evidence lower bound.
+
+    Parameters
+    ----------
+    module, cells, seed
+        As in `elbo`.
+
+    Returns
+    -------
+    reconstruction : NDArray[n_cells]
+        -log p(x | z, y) at one keyed draw of z, in nats.
+    divergence : NDArray[n_cells]
+        KL(q(z | x, y) || p(z | y)), in nats; of a mixture prior estimated from keyed draws.
+    """
+    reconstructions, divergences = np.empty((2, len(cells)))
     samples = np.full(len(cells), ELBO_SAMPLE, np.uint64)
-    n_draws = 1 + MIXTURE_DRAWS * (module.config.prior == "mog")
-    keyed = normal_noise(seed, cells.keys, samples, n_draws * module.config.n_latent)
-    every_noise = torch.from_numpy(keyed).view(len(cells), n_draws, -1)
-    for block in _blocks(module, cells):
+    keyed = normal_noise(seed, cells.keys, samples, module.n_noise * module.config.n_latent)
+    every_noise = torch.from_numpy(keyed).view(len(cells), module.n_noise, -1)
+    for block in blocks(module, cells):
         qz = module.encode(block.x, block.y, block.batch_index)
         noise = padded(every_noise[block.rows]).to(qz.loc.device).transpose(0, 1)
         z = qz.loc + qz.scale * noise[0]
         factor = torch.ones_like(qz.loc[:, 0])
         _, reconstruction = module.reconstruction(z, block.x, block.y, block.batch_index, factor)
-        kl = module.kl(qz, block.y, noise[1:])
-        result[block.rows] = -(reconstruction.double() + kl.double())[: block.n].cpu().numpy()
-    return result
+        reconstructions[block.rows] = reconstruction[: block.n].cpu().numpy()
+        divergences[block.rows] = module.kl(qz, block.y, noise[1:])[: block.n].cpu().numpy()
+    return reconstructions, divergences
 
 
 @torch.no_grad()
@@ -288,3 +353,11 @@ def _draw_rows(
         keys=cells.keys[row],
         samples=np.tile(samples, len(cells)),
     )
+
+
+def check_draws(n_samples: int, seed: int) -> None:
+    """Refuse a number of draws below 1 and a negative seed, with a `ConfigError`."""
+    if n_samples < 1:
+        raise ConfigError(f"n_samples={n_samples} draws nothing", "give a whole number >= 1")
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"seed={seed} is out of range", "give a whole number from 0 to 2**63 - 1")

@@ -31,6 +31,7 @@ from rayvaec.kernels.threads import run_all, spans, thread_count
 
 DRAWS = np.uint64(0x64726177)
 NOISE = np.uint64(0x6E6F6973)
+GAMMA = np.uint64(0x67616D6D)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)

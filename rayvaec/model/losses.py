@@ -12,6 +12,9 @@ from torch.nn import functional
 MIXTURE_DRAWS = 30
 """Draws of z that estimate the divergence from a mixture, as in scvi-tools 1.4.2."""
 
+MIXTURE_FLOOR = 1e-4
+"""Added to the standard deviation of a mixture's components, as there."""
+
 
 @dataclass(frozen=True)
 class LossOutput:
@@ -77,12 +80,18 @@ def kl_to_mixture(
     -------
     Tensor[n_cells]
     """
-    components = Independent(Normal(means, torch.exp(log_std) + 1e-4, validate_args=False), 1)
-    prior = MixtureSameFamily(
-        Categorical(logits=logits, validate_args=False), components, validate_args=False
-    )
+    prior = mixture(means, log_std, logits)
     u = qz.loc + qz.scale * noise
     return (qz.log_prob(u).sum(-1) - prior.log_prob(u)).mean(0)
+
+
+def mixture(means: Tensor, log_std: Tensor, logits: Tensor) -> MixtureSameFamily:
+    """Return mixtures of Gaussians, one a cell; parameters as in `kl_to_mixture`."""
+    scale = torch.exp(log_std) + MIXTURE_FLOOR
+    components = Independent(Normal(means, scale, validate_args=False), 1)
+    return MixtureSameFamily(
+        Categorical(logits=logits, validate_args=False), components, validate_args=False
+    )
 
 
 def classification_loss(logits: Tensor, fine_labels: Tensor) -> Tensor:

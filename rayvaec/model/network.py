@@ -17,7 +17,7 @@ from rayvaec.kernels.nb_loss import nb_reconstruction
 from rayvaec.model.config import VAECConfig
 from rayvaec.model.distributions import NegativeBinomial
 from rayvaec.model.layers import Encoder, FCLayers
-from rayvaec.model.losses import MIXTURE_DRAWS, kl_to_mixture, kl_to_standard_normal
+from rayvaec.model.losses import MIXTURE_DRAWS, kl_to_mixture, kl_to_standard_normal, mixture
 
 BATCH_DIMENSIONS = 5
 """Dimensions of the softmax form's batch embedding, as in scvi-tools."""
@@ -168,11 +168,30 @@ class VAECNetwork(nn.Module):
         """
         if self.config.prior == "normal":
             return kl_to_standard_normal(qz)
-        label = y.reshape(-1).long()
-        components = self.prior_means[label], self.prior_log_std[label], self.prior_logits[label]
         if noise is None:
             noise = torch.randn((MIXTURE_DRAWS, *qz.loc.shape), device=qz.loc.device)
-        return kl_to_mixture(qz, *components, noise)
+        return kl_to_mixture(qz, *self._components(y), noise)
+
+    def prior_log_prob(self, z: Tensor, y: Tensor) -> Tensor:
+        """Return the log-density of the prior.
+
+        Parameters
+        ----------
+        z : Tensor[..., n_cells, n_latent]
+        y : Tensor[n_cells, 1], label codes
+
+        Returns
+        -------
+        Tensor[..., n_cells]
+        """
+        if self.config.prior == "normal":
+            return Normal(0.0, 1.0).log_prob(z).sum(-1)
+        return mixture(*self._components(y)).log_prob(z)
+
+    def _components(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return means, log standard deviations and logits of each cell's mixture prior."""
+        label = y.reshape(-1).long()
+        return self.prior_means[label], self.prior_log_std[label], self.prior_logits[label]
 
     def classify(self, z: Tensor, label_index: Tensor) -> Tensor:
         """Return the logits of the fine labels.
