@@ -17,6 +17,8 @@ from rayvaec.errors import StoreError
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers of writing where there is no room, or a file may not grow."""
 
+REPLACED = ".replaced"
+
 
 def check_free(path: Path, overwrite: bool = False) -> None:
     """Refuse an output that exists, unless it may be overwritten.
@@ -50,7 +52,8 @@ def whole_output(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Give a name beside `path` to write to; rename it to `path` on success.
 
     On an error whatever was written is removed, folders made for it included, and an output that
-    stood at `path` still stands.
+    stood at `path` still stands. A kill between the two renames leaves a replaced output beside
+    its place: `bring_back` knows where.
 
     Parameters
     ----------
@@ -76,14 +79,42 @@ def whole_output(path: Path, overwrite: bool = False) -> Iterator[Path]:
     remove(partial)
     try:
         yield partial
-        remove(path)
-        partial.rename(path)
+        _put_in_place(partial, path)
     except BaseException:
         remove(partial)
         with suppress(OSError):  # somebody else has put something there meanwhile
             for folder in new_folders:
                 folder.rmdir()
         raise
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    old = path.with_name(f".{path.name}.{os.getpid()}{REPLACED}")
+    remove(old)
+    with suppress(FileNotFoundError):
+        path.rename(old)  # not removed first: that takes long enough to be killed at
+    try:
+        partial.rename(path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            old.rename(path)
+        raise
+    remove(old)
+
+
+def bring_back(path: Path) -> None:
+    """Bring back an output that a killed process was replacing; remove what it was writing.
+
+    Parameters
+    ----------
+    path : Path
+        Where the output stands, or stood. No other process may be writing it.
+    """
+    for left in path.parent.glob(f".{path.name}.*"):
+        if left.name.endswith(REPLACED) and not path.exists():
+            left.rename(path)
+        else:
+            remove(left)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
 from rayvaec.errors import StoreError
-from rayvaec.files import remove, whole_output, write_json
+from rayvaec.files import bring_back, remove, whole_output, write_json
 
 
 def test_an_output_appears_when_it_is_whole(tmp_path):
@@ -46,6 +47,34 @@ def test_an_existing_output_is_refused_or_replaced(tmp_path):
     with whole_output(out, overwrite=True) as partial:
         partial.write_text("new")
     assert out.read_text() == "new"
+
+
+def test_an_output_is_never_missing_while_it_is_replaced(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "value").write_text("old")
+    rename = Path.rename
+
+    def die(self, target):
+        if "partial" in self.name:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", die)
+        with pytest.raises(KeyboardInterrupt), whole_output(out, overwrite=True) as partial:
+            partial.mkdir()
+    assert (out / "value").read_text() == "old"
+    assert os.listdir(tmp_path) == ["out"]
+    out.rename(tmp_path / ".out.7.replaced")  # as SIGKILL leaves it
+    (tmp_path / ".out.7.partial").mkdir()
+    bring_back(out)
+    assert (out / "value").read_text() == "old"
+    assert os.listdir(tmp_path) == ["out"]
+    (tmp_path / ".out.7.replaced").mkdir()
+    bring_back(out)
+    assert (out / "value").read_text() == "old"
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_json_is_replaced_at_once(tmp_path, monkeypatch):
