@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from contextlib import ExitStack
 from typing import Self
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 logger = logging.getLogger("rayvaec")
 
@@ -36,11 +38,10 @@ class Progress:
         self._done, self._before, self._started = done, done, time.monotonic()
         self._last_line, self._logged = self._started, done
         self._note = ""
-        self._bar = (
-            tqdm(total=total, initial=done, unit=f" {unit}", desc=task, unit_scale=True)
-            if sys.stderr.isatty()
-            else None
-        )
+        self._bar, self._open = None, ExitStack()
+        if sys.stderr.isatty():
+            self._open.enter_context(logging_redirect_tqdm())  # log lines above the moving one
+            self._bar = tqdm(total=total, initial=done, unit=f" {unit}", desc=task, unit_scale=True)
 
     def advance(self, n: int, note: str = "") -> None:
         """Count `n` more units as done; `note` is shown at the end of the line."""
@@ -69,6 +70,7 @@ class Progress:
     def __exit__(self, *exc_info: object) -> None:
         if self._bar is not None:
             self._bar.close()
+            self._open.close()
         elif self._done > self._logged:
             self._log()
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import logging
 
 from rayvaec.progress import Progress
@@ -15,6 +16,26 @@ def test_lines_say_how_far_and_how_long(caplog):
     assert "s left" in first
     assert last.startswith("checking counts: 100 of 100 cells, ")
     assert last.endswith("0 s left, file 2")
+
+
+def test_on_a_terminal_log_lines_stand_above_the_moving_one(monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr", terminal)
+    handler = logging.StreamHandler(terminal)
+    logging.getLogger().addHandler(handler)
+    try:
+        with Progress(10, "cells", "training") as progress:
+            progress.advance(4)
+            logging.getLogger().warning("epoch 1 of 3")
+            progress.advance(6)
+        logging.getLogger().warning("the end")
+    finally:
+        logging.getLogger().removeHandler(handler)
+    lines = terminal.getvalue().split("\n")
+    assert lines[0].rpartition("\r")[2] == "epoch 1 of 3"
+    assert "10.0/10.0" in lines[1].rpartition("\r")[2]
+    assert lines[2:] == ["the end", ""]
 
 
 def test_nothing_done_says_nothing(caplog):
