@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from rayvaec.errors import ConfigError
 from rayvaec.location import Location, Url, location
@@ -74,7 +75,7 @@ def start_ray(num_cpus: int | None = None) -> bool:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
-            _check_listening(address)
+            _check_answering(address)
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(
@@ -96,11 +97,38 @@ def start_ray(num_cpus: int | None = None) -> bool:
     return True
 
 
-def _check_listening(address: str) -> None:
-    """Raise OSError where nothing listens: Ray itself would try for many minutes."""
+def _check_answering(address: str) -> None:
+    """Raise OSError where no Ray answers: Ray itself would try for half a minute and more."""
+    if address == "auto":
+        from ray._private.services import get_ray_address_from_environment
+
+        address = get_ray_address_from_environment("auto", None) or ""
     host, _, port = address.rpartition("://")[2].rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+    if not (host and port.isdigit()):
+        return  # Ray says at once what is wrong with it
+    socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+    if "://" not in address:
+        _ask_for_cluster(address)
+
+
+def _ask_for_cluster(address: str) -> None:
+    """Ask the head of a cluster for its name, as Ray does first of all."""
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest
+    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+
+    with init_grpc_channel(address) as channel:
+        try:
+            ask = NodeInfoGcsServiceStub(channel).GetClusterId
+            ask(GetClusterIdRequest(), timeout=CONNECT_TIMEOUT_S)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                raise ConfigError(
+                    f"the Ray at RAY_ADDRESS={address} does not accept this token",
+                    "name the cluster's own by RAY_AUTH_TOKEN_PATH, with RAY_AUTH_MODE=token",
+                ) from error
+            raise ConnectionError(f"what listens is no Ray: {error.code().name}") from error
 
 
 @contextmanager
@@ -131,12 +159,13 @@ def check_cpus(wanted: float, what: str) -> None:
     Raises
     ------
     ConfigError
-        If the connected Ray has fewer CPUs and cannot come to as many.
+        If the Ray that is connected, or this machine where a local one would be started, has
+        fewer CPUs and cannot come to as many.
     """
     available = _available("CPU")
     if wanted > available:
         raise ConfigError(
-            f"{_needs(what, wanted, 'CPU')} and Ray has {available:g}",
+            f"{_needs(what, wanted, 'CPU')} and {_who_has()} {available:g}",
             f"use --num-workers {max(int(available), 1)} or fewer, or a larger cluster",
         )
 
@@ -154,13 +183,13 @@ def check_gpus(wanted: float, what: str) -> None:
     Raises
     ------
     ConfigError
-        If the connected Ray has fewer GPUs and cannot come to as many.
+        If there are fewer GPUs and cannot come to be as many.
     """
     available = _available("GPU")
     if wanted > available:
         fewer = f"use --num-workers {int(available)} or fewer, or" if available >= 1 else "use"
         raise ConfigError(
-            f"{_needs(what, wanted, 'GPU')} and Ray has {available:g}",
+            f"{_needs(what, wanted, 'GPU')} and {_who_has()} {available:g}",
             f"{fewer} a larger cluster, or leave out --use-gpu",
         )
 
@@ -170,11 +199,39 @@ def _needs(what: str, wanted: float, kind: str) -> str:
     return f"{what} {verb} {wanted:g} {kind}{'s' if wanted != 1 else ''}"
 
 
+def _who_has() -> str:
+    return "this machine has" if starts_ray() else "Ray has"
+
+
 def _available(kind: str) -> float:
+    now = sum(getattr(node, kind) for node in ray_nodes())
+    return max(now, float(os.environ.get(f"RAYVAEC_MAX_{kind}S", "0")))
+
+
+class Node(NamedTuple):
+    """What a node has for workers."""
+
+    CPU: float
+    GPU: float
+
+
+def starts_ray() -> bool:
+    """Return whether `start_ray` would start a local Ray."""
     import ray
 
-    now = ray.cluster_resources().get(kind, 0.0)
-    return max(now, float(os.environ.get(f"RAYVAEC_MAX_{kind}S", "0")))
+    return not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
+
+
+def ray_nodes() -> list[Node]:
+    """Return the nodes of the Ray that is connected, or of the local one that would be started."""
+    if starts_ray():
+        import torch
+
+        return [Node(usable_cpus(), torch.cuda.device_count())]
+    import ray
+
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(each.get("CPU", 0.0), each.get("GPU", 0.0)) for each in resources]
 
 
 def check_job_paths(paths: Iterable[Path], stores: Iterable[Location] = ()) -> None:

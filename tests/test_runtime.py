@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
 
 from rayvaec.errors import ConfigError
@@ -34,6 +36,54 @@ def test_a_ray_that_is_connected_is_joined_and_left_running(ray_local):
         ):
             check_cpus(3, "3 workers")
     assert ray.is_initialized()
+
+
+@pytest.fixture
+def answering():
+    """Serve every call on a port with an error; gives a function from error to address."""
+    servers = []
+
+    def serve(code: grpc.StatusCode) -> str:
+        server = grpc.server(ThreadPoolExecutor(1))
+        refuse = grpc.unary_unary_rpc_method_handler(lambda _, call: call.abort(code, "no"))
+        handler = type("Handler", (grpc.GenericRpcHandler,), {"service": lambda *_: refuse})
+        server.add_generic_rpc_handlers([handler()])
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        servers.append(server)
+        return f"127.0.0.1:{port}"
+
+    yield serve
+    for server in servers:
+        server.stop(None)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (grpc.StatusCode.UNIMPLEMENTED, "what listens is no Ray: UNIMPLEMENTED"),
+        (grpc.StatusCode.UNAUTHENTICATED, "does not accept this token; name the cluster's own"),
+    ],
+)
+def test_what_listens_and_is_not_our_ray_is_refused_at_once(answering, monkeypatch, code, said):
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray would try for long"))
+    monkeypatch.setenv("RAY_ADDRESS", answering(code))
+    with pytest.raises(ConfigError, match=said):
+        start_ray()
+
+
+def test_what_this_machine_does_not_have_is_said_before_ray_starts(monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    cpus = len(os.sched_getaffinity(0))
+    check_cpus(cpus, "workers")
+    with pytest.raises(ConfigError, match=f"CPUs and this machine has {cpus}; use --num-workers"):
+        check_cpus(cpus + 1, "workers")
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])

@@ -54,7 +54,6 @@ def add_train(verbs: Verbs) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     from rayvaec.train.config import TrainConfig
-    from rayvaec.train.trainer import train
 
     out: Path = arguments.out
     flags = ("max_epochs", "batch_size", "num_workers", "seed", "use_gpu")
@@ -64,6 +63,8 @@ def _train(arguments: argparse.Namespace) -> None:
         run=out if arguments.resume and (out / "config.json").exists() else None,
         **{name: getattr(arguments, name) for name in flags},
     )
+    from rayvaec.train.trainer import train  # only now: it imports Ray and torch, which takes long
+
     result = train(
         arguments.store,
         out,

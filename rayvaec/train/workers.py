@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rayvaec.runtime import check_cpus, check_gpus
+from rayvaec.runtime import check_cpus, check_gpus, ray_nodes
 
 if TYPE_CHECKING:
     from rayvaec.train.config import TrainConfig
@@ -79,7 +79,9 @@ def share_of_cpus(
 
 
 def check_resources(config: TrainConfig) -> int:
-    """Refuse what Ray would wait for in vain; call it with Ray connected.
+    """Refuse what Ray would wait for in vain.
+
+    Call it with Ray connected, or to hear at once what a local Ray would not have.
 
     Parameters
     ----------
@@ -96,19 +98,12 @@ def check_resources(config: TrainConfig) -> int:
     ConfigError
         If the cluster has too few CPUs or GPUs for the fewest workers, and cannot come to more.
     """
-    import ray
-
     fewest = config.fewest_workers
     who = workers_text(fewest, fewest)
     if config.use_gpu:
         check_gpus(fewest, who)
-    nodes = [
-        (node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
     cpus = config.cpus_per_worker or share_of_cpus(
-        nodes, config.num_workers, config.use_gpu, fewest
+        ray_nodes(), config.num_workers, config.use_gpu, fewest
     )
     each = f" with {cpus} CPUs each" if cpus > 1 else ""
     check_cpus(fewest * cpus, f"{who}{each}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +91,18 @@ def test_a_gpu_where_there_is_none(refuse: Refuse) -> None:
 def test_too_few_cpus(refuse: Refuse) -> None:
     assert "3 workers need 3 CPUs and Ray has 2" in refuse("--num-workers", 3)
     assert "3 workers need 3 CPUs and Ray has 2" in refuse("--num-workers", "3-8")
+
+
+def test_too_few_cpus_are_seen_before_ray_starts(
+    refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray is not needed for that"))
+    cpus = len(os.sched_getaffinity(0))
+    line = refuse("--num-workers", 1, "--set", f"cpus_per_worker={cpus + 1}")
+    assert f"and this machine has {cpus}; use" in line
 
 
 def test_an_address_where_no_ray_is(refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
