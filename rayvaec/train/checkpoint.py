@@ -28,6 +28,7 @@ from rayvaec.files import remove, write_json
 from rayvaec.train.storage import patiently
 
 TENSORS, STATE = "state.safetensors", "state.json"
+PREFIX, PARTIAL = "step_", ".partial"
 
 
 @dataclass
@@ -69,7 +70,7 @@ class RunState:
 
 def checkpoint_name(state: RunState) -> str:
     """Return the folder name of a checkpoint; names sort by step."""
-    return f"step_{state.step:010d}"
+    return f"{PREFIX}{state.step:010d}"
 
 
 def write_checkpoint(
@@ -127,7 +128,7 @@ def store_checkpoint(folder: Path, checkpoints: Path, name: str) -> Path:
     RayvaecError
         If there is no room for it, or the storage does not come back; nothing is left then.
     """
-    partial = checkpoints / f".{name}.partial"
+    partial = checkpoints / f".{name}{PARTIAL}"
 
     def copy() -> None:
         remove(partial)
@@ -204,10 +205,25 @@ def newest_checkpoint(folder: Path) -> Path | None:
     Returns
     -------
     Path or None
+
+    Raises
+    ------
+    StoreError
+        If there are several, and none is whole: to start anew is not ours to decide. A single one
+        that is not whole was the first, and is none yet.
+    OSError
+        If the folder cannot be reached.
     """
-    for candidate in sorted(_checkpoints(folder), reverse=True):
+    candidates = sorted(_checkpoints(folder), reverse=True)
+    for candidate in candidates:
         if _read_state(candidate) is not None:
             return candidate
+    folder.stat()  # where it has gone meanwhile, nothing is known about its checkpoints
+    if len(candidates) > 1:
+        raise StoreError(
+            f"no checkpoint in {folder} is whole, the newest is {candidates[0].name}",
+            "bring the folder back from a copy, or start the run again with --overwrite",
+        )
     return None
 
 
@@ -245,8 +261,20 @@ def drop_old_checkpoints(folder: Path, keep: int) -> None:
         remove(old)
 
 
+def drop_partial_checkpoints(folder: Path) -> None:
+    """Remove checkpoints that a killed worker was storing.
+
+    Parameters
+    ----------
+    folder : Path
+        The folder of all checkpoints of a run.
+    """
+    for partial in folder.glob(f".{PREFIX}*{PARTIAL}"):
+        remove(partial)
+
+
 def _checkpoints(folder: Path) -> list[Path]:
-    return [entry for entry in folder.glob("step_*") if entry.is_dir()]
+    return [e for e in folder.iterdir() if e.name.startswith(PREFIX) and e.is_dir()]
 
 
 def _read_state(folder: Path) -> dict[str, Any] | None:

@@ -49,6 +49,7 @@ def draw_curves(run: Path) -> Path | None:
             axes.axvline(attempt["step"] / steps_per_epoch, color=FAINT, ls=":", lw=1, zorder=0)
     for axes in (elbo, rate, speed):
         axes.grid(axis="y", color="#e6e6e6", lw=0.6)
+        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     speed.set_xlabel("epoch")
     speed.xaxis.get_major_locator().set_params(integer=True)

@@ -3,7 +3,7 @@
 ::
 
     RUN/metrics.jsonl    a record an epoch, or more      RUN/progress.json    how far it is
-    RUN/attempts.jsonl   a record each time that workers start
+    RUN/attempts.jsonl   a record each time that workers start, and each time that some are lost
 
 metrics.jsonl holds one JSON object a line. A record with ``val_elbo`` closes an epoch; records
 without it (setting ``log_steps``) tell of a part of one. No record ever stands twice: a run that
@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,14 +36,15 @@ def append_record(run: Path, record: dict[str, Any]) -> None:
     record : dict
         ``epoch``, ``step`` and whatever was measured; JSON values.
     """
-    _append(run / METRICS, record)
+    patiently(f"{run / METRICS}", _appender(run / METRICS, record))
 
 
-def _append(path: Path, record: dict[str, Any]) -> None:
+def _appender(path: Path, record: dict[str, Any]) -> Callable[[], None]:
+    """Return what appends a record as a line; it may be called again after it has failed."""
     line = (json.dumps(record, allow_nan=False) + "\n").encode()
     end: list[int] = []
 
-    def write() -> None:
+    def append() -> None:
         path.parent.stat()
         with path.open("ab+") as file:
             if not end:
@@ -51,7 +54,7 @@ def _append(path: Path, record: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
 
-    patiently(f"{path}", write)
+    return append
 
 
 def _end_of_lines(file: BinaryIO) -> int:
@@ -100,13 +103,47 @@ def append_attempt(run: Path, step: int, num_workers: int) -> None:
     num_workers : int
         How many they are.
     """
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    _append(run / ATTEMPTS, {"started": now, "step": step, "num_workers": num_workers})
+    record = {"started": _now(), "step": step, "num_workers": num_workers}
+    patiently(f"{run / ATTEMPTS}", _appender(run / ATTEMPTS, record))
+
+
+def append_loss(run: Path, reason: str) -> None:
+    """Record that workers were lost, and that the run goes on; not waiting for storage.
+
+    Parameters
+    ----------
+    run : Path
+        The run folder.
+    reason : str
+        Which, and how.
+    """
+    with suppress(OSError):  # whoever is told of losses has lost nothing without it
+        _appender(run / ATTEMPTS, {"lost": _now(), "reason": reason})()
 
 
 def read_attempts(run: Path) -> list[dict[str, Any]]:
-    """Read what `append_attempt` wrote: a record each time that workers started."""
-    return _read_lines(run / ATTEMPTS)
+    """Read what `append_attempt` wrote: a record each time that workers started.
+
+    Its ``losses`` are the reasons for it, as `append_loss` wrote them; none where workers were
+    added or a run was resumed.
+    """
+    attempts, losses = [], list[str]()
+    for record in _read_lines(run / ATTEMPTS):
+        if "lost" in record:
+            losses.append(record["reason"])
+        else:
+            attempts.append({**record, "losses": losses})
+            losses = []
+    return attempts
+
+
+def read_losses(run: Path) -> list[str]:
+    """Read the reasons that `append_loss` wrote, oldest first."""
+    return [record["reason"] for record in _read_lines(run / ATTEMPTS) if "lost" in record]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def read_epochs(run: Path) -> list[dict[str, Any]]:

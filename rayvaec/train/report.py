@@ -12,7 +12,13 @@ from typing import Any, Self
 from rayvaec.progress import Progress
 from rayvaec.train.artefacts import BEST, LAST
 from rayvaec.train.config import TrainConfig, read_config
-from rayvaec.train.metrics import RecordTail, read_attempts, read_epochs, read_progress
+from rayvaec.train.metrics import (
+    RecordTail,
+    read_attempts,
+    read_epochs,
+    read_losses,
+    read_progress,
+)
 from rayvaec.train.run import read_run
 from rayvaec.train.tracking import Mirror, trackers_for
 from rayvaec.train.workers import workers_text
@@ -64,6 +70,7 @@ class Follower:
     def __init__(self, run: Path, config: TrainConfig, n_train: int) -> None:
         self._run, self._config, self._n_train = run, config, n_train
         self._epoch, self._attempts = len(read_epochs(run)), len(read_attempts(run))
+        self._losses = len(read_losses(run))
         self._first_attempt, self._tail, self._note = self._attempts, RecordTail(run), ""
         self._cells = self._epoch * n_train
         self._progress: Progress | None = None
@@ -114,7 +121,11 @@ class Follower:
             self._cells = cells
 
     def _show_attempts(self) -> None:
-        """Log that workers have started again, and from where."""
+        """Log that workers were lost, that they have started again, and from where."""
+        losses = read_losses(self._run)
+        for loss in losses[self._losses :]:
+            logger.warning("%s: starting the workers again", loss)
+        self._losses = max(self._losses, len(losses))
         attempts = read_attempts(self._run)
         for attempt in attempts[max(self._attempts, self._first_attempt + 1) :]:
             workers = workers_text(attempt["num_workers"], attempt["num_workers"])
@@ -194,6 +205,7 @@ def _starts(attempts: list[dict[str, Any]]) -> list[str]:
     for attempt in attempts[-5:]:
         workers = workers_text(attempt["num_workers"], attempt["num_workers"])
         lines.append(f"            {attempt['started']} from step {attempt['step']}, {workers}")
+        lines += [f"              after: {loss}" for loss in attempt["losses"]]
     return lines
 
 

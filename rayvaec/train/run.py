@@ -20,9 +20,13 @@ from typing import Any
 
 from rayvaec.data.store import Store
 from rayvaec.errors import ConfigError, StoreError
-from rayvaec.files import check_free, remove, write_json
+from rayvaec.files import bring_back, check_free, remove, write_json
 from rayvaec.train.artefacts import BEST, LAST
-from rayvaec.train.checkpoint import clear_checkpoints, newest_checkpoint
+from rayvaec.train.checkpoint import (
+    clear_checkpoints,
+    drop_partial_checkpoints,
+    newest_checkpoint,
+)
 from rayvaec.train.config import TrainConfig, read_config
 from rayvaec.train.metrics import METRICS, PROGRESS
 from rayvaec.train.storage import patiently
@@ -235,6 +239,7 @@ def begin_again(out: Path, config: TrainConfig) -> Path | None:
     """
 
     def prepare() -> Path | None:
+        (out / CHECKPOINTS).mkdir(exist_ok=True)
         newest = newest_checkpoint(out / CHECKPOINTS)
         clear_checkpoints(out / CHECKPOINTS, keep=newest)
         remove(out / PROGRESS)
@@ -265,6 +270,21 @@ def note_end(out: Path, status: str, result: dict[str, Any] | None = None) -> No
     out.stat()
     remove(out / PROGRESS)
     write_run(out, replace(read_run(out), status=status, result=result))
+
+
+def sweep(out: Path) -> None:
+    """Remove what a killed worker was writing, bring back what it replaced.
+
+    Call it while no worker is at work.
+
+    Parameters
+    ----------
+    out : Path
+        The run folder.
+    """
+    for name in (BEST, LAST, METRICS, PROGRESS):
+        bring_back(out / name)
+    drop_partial_checkpoints(out / CHECKPOINTS)
 
 
 def has_results(out: Path) -> bool:

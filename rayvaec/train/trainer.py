@@ -18,7 +18,7 @@ from rayvaec.data.store import DESCRIPTION, Store, open_store
 from rayvaec.errors import ConfigError, RayvaecError, StoreError
 from rayvaec.files import remove
 from rayvaec.location import Location, Url, location
-from rayvaec.runtime import check_job_paths, check_seen, ray_session
+from rayvaec.runtime import check_job_paths, check_seen, ray_session, starts_ray
 from rayvaec.train import run as folder
 from rayvaec.train.artefacts import BEST, LAST, save_summaries
 from rayvaec.train.checkpoint import drop_old_checkpoints
@@ -118,16 +118,11 @@ def train(
     where = location(store)
     check_job_paths([Path(out)], [where])
     out = Path(out).absolute()
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other", "give one of them")
     if not resume:
         folder.check_new(out, overwrite)  # before a store is surveyed, which may take long
     opened = _open(where, out if resume else None, labels_key, batch_key)
-    if opened.n_train < 1:
-        raise StoreError(
-            f"the store {opened.path} has no training cells",
-            "prepare it again with a smaller --val-fraction",
-        )
-    if resume and overwrite:
-        raise ConfigError("--resume and --overwrite exclude each other", "give one of them")
     if resume:
         config = folder.check_resumable(out, opened, config)
     config = (config or TrainConfig()).resolved(opened.n_train)
@@ -135,17 +130,27 @@ def train(
     if done is not None:
         logger.info("the run %s is finished: a larger --max-epochs goes on with it", out)
         return _result(out, done, startup_seconds=0.0)
+    if starts_ray():
+        check_resources(config)  # now, not when Ray has been started
     with ray_session():
-        cpus = check_resources(config)
-        check_seen([opened.path], [out])
-        resume_from = None
-        if resume:
-            resume_from = folder.begin_again(out, config)
-        else:
-            folder.begin(out, opened, config)
-        summary, started_at = _fit_and_follow(opened, out, config, cpus, resume_from)
-    drop_old_checkpoints(out / folder.CHECKPOINTS, CHECKPOINTS_KEPT)
+        summary, started_at = _run(opened, out, config, resume)
+    with suppress(OSError):  # storage that goes away now takes nothing that is still needed
+        drop_old_checkpoints(out / folder.CHECKPOINTS, CHECKPOINTS_KEPT)
     return _result(out, summary, startup_seconds=started_at - called)
+
+
+def _run(
+    store: Store, out: Path, config: TrainConfig, resume: bool
+) -> tuple[dict[str, Any], float]:
+    """Begin a run, or begin it again, on the Ray that is connected; as `_fit_and_follow`."""
+    cpus = check_resources(config)
+    check_seen([store.path], [out])
+    resume_from = None
+    if resume:
+        resume_from = folder.begin_again(out, config)
+    else:
+        folder.begin(out, store, config)
+    return _fit_and_follow(store, out, config, cpus, resume_from)
 
 
 def _result(out: Path, summary: dict[str, Any], startup_seconds: float) -> RunResult:
@@ -185,6 +190,11 @@ def _open(
                 f"{option} is {wanted} and the store {store.path} was made with {found or 'none'}",
                 f"leave out {option}, or prepare the store again",
             )
+    if store.n_train < 1:
+        raise StoreError(
+            f"the store {store.path} has no training cells",
+            "prepare it again with a smaller --val-fraction",
+        )
     return store
 
 
@@ -229,7 +239,7 @@ def _fit_through_outages(
     """
     while True:
         try:
-            return _fit(store, out, config, cpus, resume_from)
+            return _fit(store, out, config, cpus)
         except StorageLostError as lost:
             newest = folder.begin_again(out, config)
             if newest is None or newest == resume_from:
@@ -238,9 +248,7 @@ def _fit_through_outages(
             resume_from = newest
 
 
-def _fit(
-    store: Store, out: Path, config: TrainConfig, cpus: int, resume_from: Path | None
-) -> dict[str, Any]:
+def _fit(store: Store, out: Path, config: TrainConfig, cpus: int) -> dict[str, Any]:
     import ray.train
     import ray.train.torch
 
@@ -257,7 +265,6 @@ def _fit(
             "store": store.share(out),
             "run": str(out),
             "config": config.to_json(),
-            "resume_from": None if resume_from is None else str(resume_from),
         },
         torch_config=api.torch.TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
         scaling_config=api.ScalingConfig(
@@ -273,7 +280,7 @@ def _fit(
             # Both limits are ours: Ray's count over the whole run, and have no end of waiting.
             failure_config=api.FailureConfig(max_failures=-1, controller_failure_limit=-1),
             callbacks=[
-                FailureLimit(config.max_failures),
+                FailureLimit(config.max_failures, out),
                 WaitLimit(config.max_wait, workers_text(fewest, most)),
             ],
         ),

@@ -5,14 +5,17 @@ Ray's controller imports this module, which therefore imports little.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ray.train import ControllerError, TrainingFailedError, UserCallback, WorkerGroupError
 from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from rayvaec.errors import RayvaecError
+from rayvaec.train.metrics import append_loss
 from rayvaec.train.storage import FULL, StorageLostError, error_number, no_room
 
 POLL_SECONDS = 0.5
@@ -31,10 +34,12 @@ class FailureLimit(UserCallback):
     max_failures : int
         Failures survived between two checkpoints; -1: any number. Nodes that were taken back with
         a warning do not count.
+    run : Path
+        The run folder, in which losses are noted.
     """
 
-    def __init__(self, max_failures: int) -> None:
-        self._max_failures = max_failures
+    def __init__(self, max_failures: int, run: Path) -> None:
+        self._max_failures, self._run = max_failures, run
         self._failures = 0
 
     def after_report(self, run_context: Any, metrics: Any, checkpoint: Any) -> None:
@@ -47,11 +52,11 @@ class FailureLimit(UserCallback):
         own = own_error(worker_exceptions)
         if own is not None:
             raise own
-        if any(_was_preempted(error) for error in worker_exceptions.values()):
-            return
-        self._failures += 1
-        if 0 <= self._max_failures < self._failures:
-            raise _failed(worker_exceptions, self._failures)
+        if not any(_was_preempted(error) for error in worker_exceptions.values()):
+            self._failures += 1
+            if 0 <= self._max_failures < self._failures:
+                raise _failed(worker_exceptions, self._failures)
+        append_loss(self._run, loss_text(worker_exceptions))
 
 
 class WaitLimit(ControllerCallback):
@@ -102,6 +107,36 @@ def own_error(failures: Mapping[int, BaseException]) -> RayvaecError | None:
 def unwrapped(error: BaseException) -> BaseException:
     """Return what a worker raised, without the wrapper that carries its traceback."""
     return getattr(error, "_base_exc", error)
+
+
+def loss_text(failures: Mapping[int, BaseException]) -> str:
+    """Say in a line which workers were lost and how.
+
+    Parameters
+    ----------
+    failures : Mapping
+        By rank, what Ray knows. Where one worker dies, others complain that they lost it.
+
+    Returns
+    -------
+    str
+    """
+    dead = {rank: _death(error) for rank, error in failures.items() if _death(error) is not None}
+    if not dead:
+        rank = min(failures)
+        return f"worker {rank} failed ({_one_line(unwrapped(failures[rank]))})"
+    return "lost " + ", ".join(f"worker {rank} ({how})" for rank, how in sorted(dead.items()))
+
+
+def _death(error: BaseException) -> str | None:
+    """Say how a worker's process ended, None where it did not."""
+    death = getattr(error, "health_check_failure", None)
+    if death is None:
+        return None
+    text = str(death)
+    place = re.search(r"^\s*ip: (\S+)", text, re.MULTILINE)
+    what = "its node was lost" if "its node has died" in text else "its process ended"
+    return f"{what}, on {place[1]}" if place else what
 
 
 def _was_preempted(error: BaseException) -> bool:

@@ -18,12 +18,12 @@ from rayvaec.data.store import open_store
 from rayvaec.errors import RayvaecError
 from rayvaec.files import remove
 from rayvaec.location import Location, location
-from rayvaec.train.checkpoint import store_checkpoint
+from rayvaec.train.checkpoint import newest_checkpoint, store_checkpoint
 from rayvaec.train.config import TrainConfig
 from rayvaec.train.loop import Task, TrainLoop
 from rayvaec.train.metrics import append_attempt
 from rayvaec.train.ranks import Ranks
-from rayvaec.train.run import CHECKPOINTS
+from rayvaec.train.run import CHECKPOINTS, sweep
 from rayvaec.train.storage import is_outage, patiently
 
 
@@ -34,24 +34,26 @@ class RaySink:
     ----------
     checkpoints : Path
         Where they go to: the folder that Ray was told to keep them in.
-    resume_from : Path, optional
-        Checkpoint that the run goes on from until Ray knows one of its own: after a lost worker,
-        Ray's latest is newer.
+    ranks : Ranks
+        This worker and the others, which must go on from the same one.
     """
 
-    def __init__(self, checkpoints: Path, resume_from: Path | None) -> None:
-        self._checkpoints, self._resume_from = checkpoints, resume_from
+    def __init__(self, checkpoints: Path, ranks: Ranks) -> None:
+        self._checkpoints, self._ranks = checkpoints, ranks
         self._sent: str | None = None
 
     @contextmanager
     def latest(self) -> Iterator[Path | None]:
-        """Give Ray's latest checkpoint, or else the one to resume from."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            yield self._resume_from
-            return
-        with checkpoint.as_directory() as folder:
-            yield Path(folder)
+        """Give the newest whole checkpoint, as the first worker sees it.
+
+        Ray's own latest may be older: it does not know of one whose worker was lost between
+        writing and telling.
+        """
+        newest = None
+        if self._ranks.is_first:
+            what = f"the checkpoints {self._checkpoints}"
+            newest = patiently(what, lambda: newest_checkpoint(self._checkpoints))
+        yield self._ranks.gather(newest)[0]
 
     def busy(self) -> bool:
         """Return whether Ray is still uploading what this worker sent."""
@@ -88,8 +90,8 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     Parameters
     ----------
     arguments : dict
-        ``store``, ``run`` and ``resume_from`` (or None), as texts, and ``config``, as JSON values:
-        Ray's controller unpickles them too, and need not import what classes of ours would.
+        ``store`` and ``run`` as texts, and ``config`` as JSON values: Ray's controller unpickles
+        them too, and need not import what classes of ours would.
 
     Returns
     -------
@@ -105,15 +107,16 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """
     config = TrainConfig.from_json(arguments["config"])
     task = Task(location(arguments["store"]), Path(arguments["run"]), config)
-    resume_from = arguments["resume_from"]
     use_given_cpus()
     context = ray.train.get_context()
     device = get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     ranks = Ranks(context.get_world_rank(), context.get_world_size(), device)
-    sink = RaySink(task.run / CHECKPOINTS, None if resume_from is None else Path(resume_from))
+    sink = RaySink(task.run / CHECKPOINTS, ranks)
     _wait_for_store(task.store)
+    if ranks.is_first:
+        patiently(f"{task.run}", lambda: sweep(task.run))
     try:
         loop = TrainLoop(task, ranks, sink)
         if ranks.is_first:

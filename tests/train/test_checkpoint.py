@@ -60,7 +60,9 @@ def test_no_file_is_a_pickle(tmp_path: Path) -> None:
 
 
 def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
-    assert newest_checkpoint(tmp_path / "none") is None
+    with pytest.raises(FileNotFoundError):  # storage that is away, not a run without checkpoints
+        newest_checkpoint(tmp_path / "none")
+    assert newest_checkpoint(tmp_path) is None
     paths = [write(tmp_path, RunState(step=step)) for step in (9, 100, 20)]
     assert newest_checkpoint(tmp_path) == paths[1]
     with (paths[1] / "state.safetensors").open("r+b") as file:
@@ -69,6 +71,9 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
     (paths[2] / "state.json").write_text('{"step"')
     assert newest_checkpoint(tmp_path) == paths[0]
     (paths[0] / "state.json").unlink()
+    with pytest.raises(StoreError, match=r"no checkpoint in .* is whole, the newest is step_0+100"):
+        newest_checkpoint(tmp_path)
+    clear_checkpoints(tmp_path, keep=paths[1])  # as a kill during the first one leaves it
     assert newest_checkpoint(tmp_path) is None
 
 

@@ -12,7 +12,7 @@ from rayvaec.errors import StoreError
 from rayvaec.train import run as folder
 from rayvaec.train.config import TrainConfig
 from rayvaec.train.loop import TrainLoop
-from rayvaec.train.metrics import append_record, write_progress
+from rayvaec.train.metrics import append_attempt, append_loss, append_record, write_progress
 from rayvaec.train.report import Follower, describe_run, epoch_line
 
 RECORD = {
@@ -40,6 +40,8 @@ def test_a_run_is_followed_line_by_line(
 ) -> None:
     monkeypatch.setattr("rayvaec.train.report.POLL_SECONDS", 0.01)
     append_record(tmp_path, {**RECORD, "epoch": 1, "step": 20})
+    append_loss(tmp_path, "lost worker 9")  # before this run was resumed
+    append_attempt(tmp_path, 10, 2)
     with (
         caplog.at_level(logging.INFO, "rayvaec"),
         Follower(tmp_path, TrainConfig(max_epochs=3), 1000) as follower,
@@ -49,6 +51,9 @@ def test_a_run_is_followed_line_by_line(
             time.sleep(0.01)
         write_progress(tmp_path, 2, 1500)
         append_record(tmp_path, RECORD)
+        append_attempt(tmp_path, 20, 2)
+        append_loss(tmp_path, "lost worker 1")
+        append_attempt(tmp_path, 30, 1)
         # A run that went back to a checkpoint cuts its records, and repeats some.
         (tmp_path / "metrics.jsonl").unlink()
         append_record(tmp_path, RECORD)
@@ -56,6 +61,9 @@ def test_a_run_is_followed_line_by_line(
     lines = [record.getMessage() for record in caplog.records if "ELBO" in record.getMessage()]
     assert [line[:7] for line in lines if line.startswith("epoch")] == ["epoch 2", "epoch 3"]
     assert follower._progress._done == 2000
+    assert "lost worker 9" not in caplog.text
+    assert "lost worker 1: starting the workers again" in caplog.text
+    assert "went on from step 30 with 1 worker" in caplog.text
 
 
 def test_a_run_is_described(
@@ -70,8 +78,12 @@ def test_a_run_is_described(
     assert f"rayvaec train {store_path} --out {run} --resume" in text
     result = make_loop(max_epochs=2).run()
     folder.end(run, "finished", result)
+    append_attempt(run, 0, 2)
+    append_loss(run, "lost worker 1 (its node was lost)")
+    append_attempt(run, 30, 1)
     text = describe_run(run)
     for part in (
+        "from step 30, 1 worker\n              after: lost worker 1 (its node was lost)",
         "finished, started 20",
         "2 of 2",
         f"{result['best_elbo']:.2f} nats a cell, in epoch 2",

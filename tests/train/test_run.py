@@ -110,6 +110,20 @@ def test_beginning_again_clears_what_ray_left(begun: Path) -> None:
     assert read_config(begun).max_epochs == 6
 
 
+def test_what_a_killed_worker_was_writing_is_swept(begun: Path) -> None:
+    kept = sorted(begun.rglob("*"))
+    for name in (".model.7.partial", ".last.7.partial", "checkpoints/.step_0000000009.partial"):
+        (begun / name).mkdir()
+        (begun / name / "config.json").touch()
+    (begun / ".metrics.jsonl.partial").touch()
+    (begun / ".progress.json.ab12").touch()
+    others = [begun / ".run.json.ab12", begun / "checkpoints" / ".validate_storage_marker"]
+    for path in others:  # the driver and Ray may be writing
+        path.touch()
+    folder.sweep(begun)
+    assert sorted(begun.rglob("*")) == sorted([*kept, *others])
+
+
 def test_errors_are_ours(begun: Path) -> None:
     (begun / "run.json").write_text("{")
     with pytest.raises(RayvaecError):

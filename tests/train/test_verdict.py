@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import pytest
 from ray.exceptions import RayActorError
@@ -12,8 +13,9 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2._internal.execution.controller.state import InitializingState, RunningState
 
 from rayvaec.errors import RayvaecError, StoreError
+from rayvaec.train.metrics import read_losses
 from rayvaec.train.storage import StorageLostError
-from rayvaec.train.verdict import FailureLimit, WaitLimit, as_own_error
+from rayvaec.train.verdict import FailureLimit, WaitLimit, as_own_error, loss_text
 
 OURS = StoreError("the file x is damaged", "copy it again")
 
@@ -44,13 +46,18 @@ def test_a_foreign_error_becomes_one_line() -> None:
     assert "\n" not in str(as_own_error(TrainingFailedError("a\nb" * 999)))
 
 
-def test_our_error_ends_the_run_at_once() -> None:
+def test_our_error_ends_the_run_at_once(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="x is damaged"):
-        FailureLimit(-1).after_exception(None, {0: wrapped(KeyError("a")), 1: wrapped(OURS)})
+        FailureLimit(-1, tmp_path).after_exception(
+            None, {0: wrapped(KeyError("a")), 1: wrapped(OURS)}
+        )
 
 
-def test_losses_between_two_checkpoints_are_counted() -> None:
-    limit, lost = FailureLimit(2), {1: wrapped(ConnectionError("Connection closed by peer"))}
+def test_losses_between_two_checkpoints_are_counted(tmp_path: Path) -> None:
+    limit, lost = (
+        FailureLimit(2, tmp_path),
+        {1: wrapped(ConnectionError("Connection closed by peer"))},
+    )
     for _ in range(5):
         limit.after_exception(None, lost)
         limit.after_exception(None, lost)
@@ -65,9 +72,29 @@ def test_losses_between_two_checkpoints_are_counted() -> None:
     ):
         limit.after_exception(None, lost)
     for _ in range(9):
-        FailureLimit(-1).after_exception(None, lost)
+        FailureLimit(-1, tmp_path).after_exception(None, lost)
+    survived = len(read_losses(tmp_path))
+    assert survived == 10 + 2 + 1 + 9
     with pytest.raises(RayvaecError, match=r"the training failed: worker 1: .*--resume goes on"):
-        FailureLimit(0).after_exception(None, lost)
+        FailureLimit(0, tmp_path).after_exception(None, lost)
+    assert len(read_losses(tmp_path)) == survived
+
+
+def test_a_loss_is_one_line_that_names_worker_place_and_cause() -> None:
+    killed = RayActorError(
+        error_msg="The actor died.\n\tpid: 7\n\tip: 10.0.0.7\nIts worker process has died."
+    )
+    failures = {
+        0: wrapped(RuntimeError("Connection closed by peer")),
+        1: WorkerHealthCheckFailedError("dead", killed),
+    }
+    assert loss_text(failures) == "lost worker 1 (its process ended, on 10.0.0.7)"
+    gone = RayActorError(error_msg="The actor is dead because its node has died. Node Id: ab")
+    failures[0] = WorkerHealthCheckFailedError("dead", gone)
+    assert loss_text(failures).startswith("lost worker 0 (its node was lost), worker 1 (its")
+    assert loss_text({2: wrapped(OSError(5, "no\nanswer"))}) == (
+        "worker 2 failed (OSError: [Errno 5] no answer)"
+    )
 
 
 def test_waiting_for_room_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
