@@ -2,69 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import os
+import signal
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from rayvaec.train.metrics import read_attempts, read_epochs, read_records
-
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.timeout(600)]
-NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+SLOW = {"lr": 1e-6, "max_epochs": 30}
+"""Learning nothing, so that rounding does not grow and the losses tell of the minibatches."""
 
 
-@pytest.fixture
-def cluster() -> Iterator[Any]:
-    """A head without CPUs for work, and two nodes of one CPU."""
-    from ray.cluster_utils import Cluster
-
-    from rayvaec.runtime import require_token
-
-    require_token()
-    head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(2):
-        cluster.add_node(**NODE)
-    yield cluster
-    cluster.shutdown()
+def remove_a_node(cluster: Any) -> None:
+    cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
 
 
-def last_step(run: Path) -> int:
-    return max((record["step"] for record in read_records(run)), default=0)
+def add_a_node(cluster: Any) -> None:
+    cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
 
 
-def assert_same_minibatches(run: Path, reference: Path) -> None:
-    """The records tell of the same steps, with losses that differ by rounding alone."""
-    ours, theirs = read_records(run), read_records(reference)
-    assert [record["step"] for record in ours] == [record["step"] for record in theirs]
-    for one, other in zip(ours, theirs, strict=True):
-        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=2e-3), one["step"]
-    best = [read_epochs(path)[-1]["val_elbo"] for path in (run, reference)]
-    assert best[0] == pytest.approx(best[1], rel=0.002)
-
-
-def assert_little_is_repeated(run: Path, seen: list[int]) -> None:
-    """Each start went on from a checkpoint that was at most an interval behind what was seen."""
-    starts = [attempt["step"] for attempt in read_attempts(run)][1:]
-    for start, step in zip(starts, seen, strict=False):
-        assert step - start <= 2 * 50, (starts, seen)
+def test_a_run_of_a_fixed_number_waits_for_another_node(
+    command: Callable[..., Any], undisturbed: Callable[..., Any], nodes: Callable[..., Any]
+) -> None:
+    with nodes(2) as cluster:
+        train = command(2, address=cluster.address)
+        train.until_step(500)
+        kept = train.kept_step
+        remove_a_node(cluster)
+        add_a_node(cluster)
+        train.finish()
+    assert train.workers == [2, 2]
+    assert train.starts[1] >= kept > 0
+    train.assert_same_bits(undisturbed(2))
 
 
 def test_a_run_shrinks_with_its_cluster_and_grows_again(
-    cluster: Any, command: Callable[..., Any], undisturbed: Callable[..., Path]
+    command: Callable[..., Any], undisturbed: Callable[..., Any], nodes: Callable[..., Any]
 ) -> None:
-    train = command("--num-workers", "1-2", "--set=max_epochs=90", address=cluster.address)
-    run, seen = train.out, []
-    train.until(lambda: last_step(run) > 300)
-    seen.append(last_step(run))
-    cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
-    train.until(lambda: len(read_attempts(run)) == 2, timeout=180)
-    train.until(lambda: last_step(run) > seen[0] + 300)
-    cluster.add_node(**NODE)
-    train.until(lambda: len(read_attempts(run)) == 3, timeout=180)
-    code, text = train.wait()
-    assert code == 0, text
-    assert [attempt["num_workers"] for attempt in read_attempts(run)] == [2, 1, 2]
-    assert_little_is_repeated(run, seen)
-    assert_same_minibatches(run, undisturbed(1, 90))
+    with nodes(2) as cluster:
+        train = command("1-2", address=cluster.address, **SLOW)
+        train.until_step(300)
+        kept = train.kept_step
+        remove_a_node(cluster)
+        train.until(lambda: len(train.starts) == 2)
+        train.until_step(train.starts[1] + 300)
+        add_a_node(cluster)
+        train.until(lambda: len(train.starts) == 3)
+        train.finish()
+    assert train.workers == [2, 1, 2]
+    assert train.starts[1] >= kept > 0
+    assert train.starts[2] > train.starts[1]
+    train.assert_same_minibatches(undisturbed(1, **SLOW))
+
+
+def test_a_kill_while_a_run_grows(
+    command: Callable[..., Any],
+    undisturbed: Callable[..., Any],
+    nodes: Callable[..., Any],
+    workers: Callable[[], list[int]],
+) -> None:
+    with nodes(2) as cluster:
+        train = command("2-8", address=cluster.address, max_epochs=30)
+        train.until_step(300)
+        before, kept = set(workers()), train.kept_step
+        add_a_node(cluster)
+        train.until(lambda: len(set(workers()) - before) == 3)
+        os.kill(max(set(workers()) - before), signal.SIGKILL)
+        train.finish()
+    assert train.workers[0] == 2
+    assert train.workers[-1] == 3
+    assert train.starts[1] >= kept > 0
+    train.assert_same_quality(undisturbed(2, max_epochs=30))

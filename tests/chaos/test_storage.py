@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -11,23 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-
-from rayvaec.model.saved import read_model
-from rayvaec.train.checkpoint import newest_checkpoint
-from rayvaec.train.metrics import read_attempts, read_records
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.timeout(600)]
-
-
-def last_step(run: Path) -> int:
-    return max((record["step"] for record in read_records(run)), default=0)
-
-
-def assert_same_bits(run: Path, reference: Path) -> None:
-    ours, theirs = (read_model(path / "last").module.state_dict() for path in (run, reference))
-    for name, value in theirs.items():
-        assert torch.equal(ours[name], value), name
+AWAY_SECONDS = 60
 
 
 def fill(path: Path) -> None:
@@ -52,37 +38,53 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(
-    command: Callable[..., Any], undisturbed: Callable[..., Path], small_disk: Path
+    command: Callable[..., Any], undisturbed: Callable[..., Any], small_disk: Path
 ) -> None:
-    train = command("--num-workers", "1", out=small_disk / "run")
-    train.until(lambda: last_step(train.out) > 500)
+    train = command(1, out=small_disk / "run")
+    train.until_step(500)
     filler = small_disk / "filler"
     fill(filler)
-    code, text = train.wait()
+    code, text = train.wait(timeout=60)
     assert code == 1, text
     last = text.splitlines()[-1]
     assert last.startswith("rayvaec: error: there is no room left for "), text
     assert last.endswith("; free some space, then --resume: the last good checkpoint is kept")
     filler.unlink()
-    newest = newest_checkpoint(train.out / "checkpoints")
-    assert newest is not None
-    again = command("--num-workers", "1", "--resume", out=train.out)
-    code, text = again.wait()
-    assert code == 0, text
-    assert f"step_{read_attempts(train.out)[-1]['step']:010d}" == newest.name
-    assert_same_bits(train.out, undisturbed(1))
+    kept = train.kept_step
+    again = command(1, "--resume", out=train.path)
+    again.finish()
+    assert again.starts[1:] == [kept]
+    again.assert_same_bits(undisturbed(1))
 
 
-def test_a_run_folder_that_is_away_for_a_while_changes_no_bit(
-    command: Callable[..., Any], undisturbed: Callable[..., Path], tmp_path: Path
+def test_a_run_folder_that_is_away_for_a_minute_changes_no_bit(
+    command: Callable[..., Any], undisturbed: Callable[..., Any], tmp_path: Path
 ) -> None:
-    train = command("--num-workers", "1")
-    train.until(lambda: last_step(train.out) > 500)
-    train.out.rename(tmp_path / "away")
-    time.sleep(30)
-    assert not train.out.exists(), "something was written in the place of the folder"
-    (tmp_path / "away").rename(train.out)
-    code, text = train.wait()
-    assert code == 0, text
-    assert json.loads((train.out / "run.json").read_text())["status"] == "finished"
-    assert_same_bits(train.out, undisturbed(1))
+    train = command(1)
+    train.until_step(500)
+    train.path.rename(tmp_path / "away")
+    time.sleep(AWAY_SECONDS)
+    assert not train.path.exists(), "something was written in the place of the folder"
+    (tmp_path / "away").rename(train.path)
+    train.finish()
+    train.assert_same_bits(undisturbed(1))
+
+
+def test_a_store_that_is_away_for_a_minute_changes_no_bit(
+    command: Callable[..., Any], undisturbed: Callable[..., Any], chaos_store: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(chaos_store, store)
+    train = command(1, store=store)
+    train.until_step(500)
+    store.rename(tmp_path / "away")
+    stopped = []
+    end = time.monotonic() + AWAY_SECONDS
+    while time.monotonic() < end:
+        stopped.append(train.step)
+        time.sleep(1)
+    assert stopped[-1] == stopped[-20], "the store is not needed"
+    (tmp_path / "away").rename(store)
+    train.finish()
+    assert len(train.starts) > 1
+    train.assert_same_bits(undisturbed(1))
