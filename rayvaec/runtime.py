@@ -115,7 +115,7 @@ def _ask_for_cluster(address: str) -> None:
     """Ask the head of a cluster for its name, as Ray does first of all."""
     import grpc
     from ray._private.grpc_utils import init_grpc_channel
-    from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest
+    from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest  # type: ignore[attr-defined]
     from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
     with init_grpc_channel(address) as channel:
