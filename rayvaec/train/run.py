@@ -240,6 +240,8 @@ def begin_again(out: Path, config: TrainConfig) -> Path | None:
 
     def prepare() -> Path | None:
         (out / CHECKPOINTS).mkdir(exist_ok=True)
+        for name in (RUN, CONFIG):  # which a killed driver may have been writing
+            bring_back(out / name)
         newest = newest_checkpoint(out / CHECKPOINTS)
         clear_checkpoints(out / CHECKPOINTS, keep=newest)
         remove(out / PROGRESS)

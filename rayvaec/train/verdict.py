@@ -124,7 +124,10 @@ def loss_text(failures: Mapping[int, BaseException]) -> str:
     dead = {rank: _death(error) for rank, error in failures.items() if _death(error) is not None}
     if not dead:
         rank = min(failures)
-        return f"worker {rank} failed ({_one_line(unwrapped(failures[rank]))})"
+        what = _one_line(unwrapped(failures[rank]))
+        if re.search("gloo|NCCL", what):  # a page of advice on what is simply the loss of a peer
+            return f"worker {rank} lost the connection to another worker"
+        return f"worker {rank} failed ({what})"
     return "lost " + ", ".join(f"worker {rank} ({how})" for rank, how in sorted(dead.items()))
 
 

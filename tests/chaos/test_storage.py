@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
+import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +17,8 @@ import pytest
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.timeout(600)]
 AWAY_SECONDS = 60
+EXT4_SHUTDOWN = 0x8004587D
+"""The ioctl after which an ext4 answers with EIO, until it is mounted again."""
 
 
 def fill(path: Path) -> None:
@@ -70,21 +75,58 @@ def test_a_run_folder_that_is_away_for_a_minute_changes_no_bit(
     train.assert_same_bits(undisturbed(1))
 
 
+class Device:
+    """A disk in a file, mounted on a folder, that can be made to answer with errors."""
+
+    def __init__(self, image: Path, folder: Path) -> None:
+        self.image, self.folder = image, folder
+        with image.open("wb") as file:
+            file.truncate(64 * 2**20)
+        subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
+        folder.mkdir()
+        self.mount()
+
+    def mount(self) -> None:
+        subprocess.run(["mount", "-o", "loop", self.image, self.folder], check=True)
+
+    def fail(self) -> None:
+        """Let every read fail, also of files that are open."""
+        folder = os.open(self.folder, os.O_RDONLY)
+        fcntl.ioctl(folder, EXT4_SHUTDOWN, struct.pack("I", 0))
+        os.close(folder)
+
+    def unmount(self, patience: float = 60) -> None:
+        end = time.monotonic() + patience
+        while subprocess.run(["umount", self.folder], capture_output=True).returncode:
+            assert time.monotonic() < end, "somebody keeps a file open"
+            time.sleep(0.2)
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[Device]:
+    try:
+        device = Device(tmp_path / "image", tmp_path / "device")
+    except (subprocess.CalledProcessError, FileNotFoundError):
+        pytest.skip("needs the right to mount a filesystem, and ext4")
+    yield device
+    device.unmount()
+
+
 def test_a_store_that_is_away_for_a_minute_changes_no_bit(
-    command: Callable[..., Any], undisturbed: Callable[..., Any], chaos_store: Path, tmp_path: Path
+    command: Callable[..., Any], undisturbed: Callable[..., Any], chaos_store: Path, device: Device
 ) -> None:
-    store = tmp_path / "store"
+    store = device.folder / "store"
     shutil.copytree(chaos_store, store)
     train = command(1, store=store)
     train.until_step(500)
-    store.rename(tmp_path / "away")
-    stopped = []
-    end = time.monotonic() + AWAY_SECONDS
-    while time.monotonic() < end:
-        stopped.append(train.step)
-        time.sleep(1)
-    assert stopped[-1] == stopped[-20], "the store is not needed"
-    (tmp_path / "away").rename(store)
+    kept = train.kept_step
+    device.fail()
+    time.sleep(AWAY_SECONDS)
+    assert train.process.poll() is None
+    assert train.status == "running"
+    device.unmount()
+    device.mount()
     train.finish()
-    assert len(train.starts) > 1
+    assert len(train.starts) == 2
+    assert train.starts[1] >= kept > 0
     train.assert_same_bits(undisturbed(1))

@@ -104,8 +104,10 @@ def test_beginning_again_clears_what_ray_left(begun: Path) -> None:
     (checkpoints / "step_0000000009").mkdir()
     (checkpoints / "checkpoint_manager_snapshot.json").write_text("{")
     folder.end(begun, "failed")
+    (begun / ".run.json.ab12").touch()  # the driver was killed at the end
     assert folder.begin_again(begun, TrainConfig(seed=3, max_epochs=6)) is None
     assert list(checkpoints.iterdir()) == []
+    assert list(begun.glob(".*")) == []
     assert folder.read_run(begun).status == "running"
     assert read_config(begun).max_epochs == 6
 

@@ -92,6 +92,8 @@ def test_a_loss_is_one_line_that_names_worker_place_and_cause() -> None:
     gone = RayActorError(error_msg="The actor is dead because its node has died. Node Id: ab")
     failures[0] = WorkerHealthCheckFailedError("dead", gone)
     assert loss_text(failures).startswith("lost worker 0 (its node was lost), worker 1 (its")
+    lonely = wrapped(RuntimeError("[/third_party/gloo/pair.cc:537] Read error: Connection reset"))
+    assert loss_text({1: lonely}) == "worker 1 lost the connection to another worker"
     assert loss_text({2: wrapped(OSError(5, "no\nanswer"))}) == (
         "worker 2 failed (OSError: [Errno 5] no answer)"
     )
