@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from email.utils import formatdate
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +19,13 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import sparse
 
-from rayvaec import client as client_module
-from rayvaec.client import Client
+from rayvaec.client import AsyncClient, Client, asking, link
+from rayvaec.client import portions as portions_module
+from rayvaec.client.portions import GivenCells, portions
 from rayvaec.errors import CountsError, RequestError
 from rayvaec.infer.trained import TrainedModel, load_model
 from rayvaec.serve import wire
@@ -185,10 +192,176 @@ def test_counts_that_are_none_are_named_by_the_server(client, adata):
         client.sample(wrong)
 
 
-def test_too_large_a_request_is_refused(client, adata):
+def test_what_cannot_be_cut_is_refused_by_the_server(client, adata):
     with pytest.raises(RequestError, match=r"above the largest allowed, 10,000,000") as caught:
-        client.sample(adata, n_samples=10_000)
+        client.sample(adata[:1], n_samples=100_000)
     assert caught.value.status == 413
+    with pytest.raises(RequestError, match="where cell_ids are given"):
+        client.generate(str(adata.obs["cell_type"].iloc[0]), 100, 100_001)
+
+
+@pytest.fixture
+def bodies(client, monkeypatch) -> list[int]:
+    """The sizes of the requests that the client sends."""
+    sizes: list[int] = []
+    encode = portions_module.encode_cells
+    monkeypatch.setattr(
+        portions_module,
+        "encode_cells",
+        lambda *cells: sizes.append(len(body := encode(*cells))) or body,
+    )
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("limits", "n_requests"),
+    [({"max_cells": 7}, 5), ({"max_cost": 4 * 120 * 3}, 10), ({"max_body_bytes": 12_000}, None)],
+)
+def test_a_request_over_the_limits_is_sent_as_several(
+    client, adata, trained, bodies, limits, n_requests
+):
+    model = client.model()
+    model["limits"] |= limits
+    drawn = client.sample(adata, n_samples=4, seed=3, as_="array")
+    assert np.array_equal(drawn, trained.sample(adata, 4, 3))
+    assert n_requests in (None, len(bodies))
+    assert 1 < len(bodies) < 30
+    assert max(bodies) <= limits.get("max_body_bytes", np.inf)
+    mean = client.sample(adata, n_samples=4, seed=3, reduce=["mean"], as_="array")["mean"]
+    assert np.array_equal(mean, drawn.mean(2, dtype=np.float64).astype(np.float32))
+    assert np.array_equal(client.latent(adata)[0], trained.latent(adata))
+    assert np.array_equal(client.expression(adata), trained.expression(adata))
+
+
+def test_new_cells_with_names_are_sent_as_several(client, trained):
+    label, names = trained.registry.labels[1], [f"new {i}" for i in range(9)]
+    whole = client.generate(label, 500, 9, seed=2, cell_ids=names, as_="array")
+    client.model()["limits"]["max_cells"] = 4
+    parts = client.generate(label, 500, 9, seed=2, cell_ids=names, as_="array")
+    assert np.array_equal(parts, whole)
+
+
+@given(
+    values=st.lists(st.integers(0, 50), max_size=30),
+    max_cells=st.integers(1, 40),
+    max_cost=st.integers(1, 200),
+    room=st.integers(-50, 2000),
+)
+def test_portions_hold_every_cell_once_and_keep_the_limits(values, max_cells, max_cost, room):
+    n = len(values)
+    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(values, dtype=np.int64)])
+    zeros = np.zeros(int(ends[-1]), np.int64)
+    names = [f"cell {i}" for i in range(n)]
+    cells = GivenCells(wire.RawCells(["a"] * n, ends, zeros, zeros + 1, None, names))
+    asked = {"n_samples": 3, "genes": ["g"] * 5}
+    overhead = 4096 + len(json.dumps(asked))
+    limits = {"max_cells": max_cells, "max_cost": max_cost, "max_body_bytes": overhead + room}
+    cuts = portions(cells, {"genes": ["g"] * 5, "limits": limits}, asked)
+    assert cuts[0][0] == 0
+    assert cuts[-1][1] == n
+    assert all(before[1] == after[0] for before, after in pairwise(cuts))
+    for start, stop in cuts:
+        if stop - start > 1:
+            assert stop - start <= max_cells
+            assert (stop - start) * 15 <= max_cost
+            assert len(cells.body(start, stop, asked)) <= overhead + room
+
+
+def test_names_that_occur_twice_are_named(client, adata):
+    twice = adata.copy()
+    twice.obs_names = ["same", "same", *adata.obs_names[2:]]
+    with pytest.raises(CountsError, match="'same' more than once"):
+        client.sample(twice)
+
+
+def test_draws_come_some_cells_at_a_time(client, adata, trained, monkeypatch):
+    monkeypatch.setattr(asking, "PART_BYTES", 1)
+    monkeypatch.setattr("rayvaec.serve.work.JOB_VALUES", 1)
+    parts = list(client.iter_sample(adata, n_samples=100, seed=3))
+    assert len(parts) > 5
+    assert [name for part in parts for name in part.obs_names] == adata.obs_names.tolist()
+    expected = trained.sample(adata, 100, 3)
+    for sample in (0, 99):
+        layers = [part.layers[f"sample_{sample}"].toarray() for part in parts]
+        assert np.array_equal(np.concatenate(layers), expected[:, :, sample])
+    assert np.array_equal(client.sample(adata, n_samples=100, seed=3, as_="array"), expected)
+
+
+def test_progress_is_told_in_cells(url, adata, caplog):
+    with Client(url, token=TOKEN, progress=True) as client, caplog.at_level("INFO", "rayvaec"):
+        client.sample(adata)
+    assert "sample: 30 of 30 cells" in caplog.text
+
+
+def test_awaited_requests_give_the_same(url, adata, trained):
+    async def go() -> tuple[Any, ...]:
+        async with AsyncClient(url, token=TOKEN) as client:
+            assert await client.ready()
+            assert (await client.model())["model_hash"] == trained.hash
+            sampled = (client.sample(adata, n_samples=3, seed=s, as_="array") for s in range(8))
+            drawn = await asyncio.gather(*sampled)
+            parts = [part async for part in client.iter_sample(adata, n_samples=3, seed=5)]
+            new = await client.generate(trained.registry.labels[0], 300, 2, seed=1, as_="csr")
+            return drawn, parts, new, await client.latent(adata), await client.expression(adata)
+
+    drawn, parts, new, latent, expression = asyncio.run(go())
+    for seed in range(8):
+        assert np.array_equal(drawn[seed], trained.sample(adata, 3, seed))
+    assert np.array_equal(parts[0].layers["sample_1"].toarray(), drawn[5][:, :, 1])
+    assert new[0].shape == (2, 120)
+    assert np.array_equal(latent[0], trained.latent(adata))
+    assert np.array_equal(expression, trained.expression(adata))
+
+
+class Cutting(httpx.HTTPTransport):
+    """A network on which answers with draws break off, the first few times."""
+
+    def __init__(self, times: int, after: int) -> None:
+        super().__init__()
+        self.times, self.after, self.asked = times, after, []
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        response = super().handle_request(request)
+        if request.method == "POST":
+            raw, _ = wire.decode_cells(request.content, 2**30)
+            self.asked.append(raw.cell_ids or [])
+            if len(self.asked) <= self.times:
+                response.stream = self.cut(response.stream)
+        return response
+
+    def cut(self, stream: Any) -> Any:
+        left = self.after
+
+        class Cut(httpx.SyncByteStream):
+            def __iter__(self) -> Iterator[bytes]:
+                nonlocal left
+                for chunk in stream:
+                    yield chunk[:left]
+                    left -= len(chunk)
+                    if left <= 0:
+                        raise httpx.ReadError("connection reset")
+
+            def close(self) -> None:
+                stream.close()
+
+        return Cut()
+
+
+@pytest.mark.parametrize("times", [2, 7])
+def test_only_cells_that_have_not_come_are_asked_for_again(url, adata, trained, monkeypatch, times):
+    monkeypatch.setattr(asking, "PART_BYTES", 1)
+    monkeypatch.setattr(link.time, "sleep", lambda _: None)
+    monkeypatch.setattr("rayvaec.serve.work.JOB_VALUES", 1)
+    with Client(url, token=TOKEN, retries=2) as client:
+        network = Cutting(times, after=100_000)
+        client._asking._link._http = httpx.Client(
+            base_url=url, headers=client._asking._link._http.headers, transport=network
+        )
+        drawn = client.sample(adata, n_samples=100, seed=3, as_="array")
+        client.close()
+    assert np.array_equal(drawn, trained.sample(adata, 100, 3))
+    assert len(network.asked) == times + 1  # more than `retries`, but each got further
+    assert all(len(after) < len(before) for before, after in pairwise(network.asked))
 
 
 @pytest.mark.parametrize(
@@ -266,14 +439,17 @@ MODEL = {
 }
 
 
-def whole(rows: int = 1, promised: int = 1) -> Callable[[httpx.Request], httpx.Response]:
-    facts = {"rows": promised, "n_cells": 1, "n_samples": promised, "seed": 1, "model_hash": "h"}
+def whole(
+    rows: int = 1, promised: int = 1, model_hash: str = "h"
+) -> Callable[[httpx.Request], httpx.Response]:
+    facts = {"rows": promised, "n_cells": 1, "n_samples": promised, "seed": 1}
+    facts |= {"model_hash": model_hash}
     schema = wire.draws_schema(facts)
     number = np.arange(rows, dtype=np.int32)
     one = np.ones(rows, np.int32)
     drawn = wire.DrawnRows(0 * number, number, np.arange(rows + 1), 0 * number, one)
     body = [wire.stream_start(schema), *wire.encode_draws(schema, drawn), wire.END_OF_STREAM]
-    return lambda _: httpx.Response(200, content=iter(body))
+    return lambda _: httpx.Response(200, content=b"".join(body))
 
 
 def refusal(status: int, **headers: str) -> Callable[[httpx.Request], httpx.Response]:
@@ -299,11 +475,14 @@ def breaks_within(_: httpx.Request) -> httpx.Response:
 
 @pytest.fixture
 def scripted(monkeypatch) -> Callable[..., tuple[Client, Scripted, list[float]]]:
-    def build(*answers: Any, retries: int = 3) -> tuple[Client, Scripted, list[float]]:
+    def build(
+        *answers: Any, retries: int = 3, model: str | None = None
+    ) -> tuple[Client, Scripted, list[float]]:
         server, waits = Scripted(lambda _: httpx.Response(200, json=MODEL), *answers), []
-        monkeypatch.setattr(client_module.time, "sleep", waits.append)
-        client = Client("http://server", retries=retries)
-        client._http = httpx.Client(base_url="http://server", transport=httpx.MockTransport(server))
+        monkeypatch.setattr(link.time, "sleep", waits.append)
+        client = Client("http://server", retries=retries, model=model)
+        http = httpx.Client(base_url="http://server", transport=httpx.MockTransport(server))
+        client._asking._link = link.BlockingLink(http)
         return client, server, waits
 
     return build
@@ -323,6 +502,7 @@ def one_cell() -> anndata.AnnData:
         (refusal(429, **{"Retry-After": "7"}), 7),
         (refusal(503, **{"Retry-After": "2"}), 2),
         (refusal(429, **{"Retry-After": "soon"}), 0.2),
+        (refusal(429, **{"Retry-After": formatdate(time.time() + 999, usegmt=True)}), 60),
         (refusal(429, **{"Retry-After": "100000"}), 60),
         (plain(500), 0.2),
         (plain(502), 0.2),
@@ -371,9 +551,52 @@ def test_a_server_that_is_not_there_is_named():
 def test_another_model_than_before_is_noticed(scripted, one_cell):
     newer = {**MODEL, "model_hash": "h", "genes": ["renamed"]}
     client, server, _ = scripted(whole(), lambda _: httpx.Response(200, json=newer))
-    client._model = {**MODEL, "model_hash": "older"}
+    client._asking._model = {**MODEL, "model_hash": "older"}
     server.answers.pop(0)
     assert client.sample(one_cell).var_names.tolist() == ["renamed"]
+
+
+def test_two_models_in_one_answer_are_noticed(scripted, one_cell):
+    two = anndata.concat([one_cell, one_cell], index_unique="-")
+    two.obs["cell_type"] = "a"
+    client, *_ = scripted(whole(), whole(model_hash="other"))
+    client.model()["limits"] = {"max_cells": 1}
+    with pytest.raises(RequestError, match="model changed from h to other") as caught:
+        client.sample(two)
+    assert caught.value.error == "model_changed"
+
+
+def test_a_server_that_has_answered_is_waited_for(scripted, one_cell):
+    def refused(_: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("connection refused")
+
+    client, _, waits = scripted(refused, refused, whole())
+    assert client.sample(one_cell, as_="array").tolist() == [[[1]]]
+    assert len(waits) == 2
+
+
+def test_one_of_several_models_is_asked_by_its_name(scripted, one_cell):
+    client, server, _ = scripted(whole(), model="big atlas")
+    client.sample(one_cell)
+    assert server.paths == ["/v1/models/big atlas/model", "/v1/models/big atlas/sample"]
+
+
+def test_an_awaiting_client_tries_again_too(one_cell, monkeypatch):
+    away = refusal(429, **{"Retry-After": "7"})
+    server = Scripted(lambda _: httpx.Response(200, json=MODEL), away, breaks, whole())
+    waits: list[tuple[int, float]] = []
+
+    monkeypatch.setattr(asking, "backoff", lambda *wait: waits.append(wait) or 0.0)
+
+    async def go() -> Any:
+        async with AsyncClient("http://server") as client:
+            transport = httpx.MockTransport(server)
+            http = httpx.AsyncClient(base_url="http://server", transport=transport)
+            client._link = link.AsyncLink(http)
+            return await client.sample(one_cell, as_="array")
+
+    assert asyncio.run(go()).tolist() == [[[1]]]
+    assert waits == [(0, 7.0), (1, 0.0)]
 
 
 def test_the_client_needs_neither_torch_nor_ray():

@@ -180,6 +180,7 @@ def test_draws_come_back_as_they_were_sent(rows, step):
     body = b"".join(answer(schema, wire.encode_draws(schema, sent)))
     chunks = [body[i : i + step] for i in range(0, len(body), step)]
     stream = AnswerStream(chunks)
+    stream.finish()
     got = stream.draws()
     assert stream.parameters == {"rows": len(rows), "seed": 3}
     for name in ("cells", "samples", "indptr", "indices", "counts"):
@@ -234,8 +235,22 @@ PIECES = wire.encode_draws(SCHEMA, drawn([[(1, 2)], [(3, 4)], [(5, 6)]]))
 )
 def test_an_answer_that_is_not_whole_is_noticed(chunks, words):
     with pytest.raises(RequestError, match=words) as caught:
-        AnswerStream(chunks).draws()
+        AnswerStream(chunks).finish()
     assert caught.value.error == "broken_answer"
+
+
+def test_rows_can_be_taken_while_more_come():
+    stream = AnswerStream([wire.stream_start(SCHEMA)])
+    taken = []
+    for rows in ([[(1, 2)]], [[(3, 4)], [(5, 6)]]):
+        for piece in wire.encode_draws(SCHEMA, drawn(rows)):
+            stream.feed(piece)
+        assert stream.n_waiting > 0
+        taken.append(stream.draws())
+        assert stream.n_waiting == 0
+    assert [rows.indices.tolist() for rows in taken] == [[1], [3, 5]]
+    assert stream.draws().indptr.tolist() == [0]
+    stream.finish()
 
 
 def test_parameters_are_json_in_the_metadata():

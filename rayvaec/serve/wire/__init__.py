@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from rayvaec.serve.wire.annotated import Form, cells_of, moments_as, rows_as
 from rayvaec.serve.wire.answers import (
-    AnswerStream,
     DrawnRows,
     dense_schema,
     draws_schema,
@@ -35,6 +34,7 @@ from rayvaec.serve.wire.cells import (
     text_column,
 )
 from rayvaec.serve.wire.common import ARROW, END_OF_STREAM, JSON, METADATA_KEY, stream_start
+from rayvaec.serve.wire.stream import AnswerStream
 
 __all__ = [
     "ARROW",

@@ -1,10 +1,9 @@
-"""Answers: draws and dense values as Arrow IPC streams, written in pieces, read as they come."""
+"""Answers: draws and dense values as Arrow IPC streams, written in pieces."""
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rayvaec.errors import RequestError
-from rayvaec.serve.wire.common import METADATA_KEY, first_line
+from rayvaec.serve.wire.common import METADATA_KEY
 
 PIECE_BYTES = 256 * 1024
 
@@ -137,129 +135,3 @@ def encode_dense(
             arrays.append(pa.FixedSizeListArray.from_arrays(flat, type=schema.field(name).type))
         pieces.append(bytes(pa.RecordBatch.from_arrays(arrays, schema=schema).serialize()))
     return pieces
-
-
-class AnswerStream:
-    """An answer's IPC stream, read as it arrives.
-
-    Parameters
-    ----------
-    chunks : iterable of bytes
-        The body as it comes from the network.
-
-    Attributes
-    ----------
-    parameters : dict
-        What the schema's metadata says.
-
-    Raises
-    ------
-    RequestError
-        If the beginning is no IPC stream.
-    """
-
-    def __init__(self, chunks: Iterable[bytes]) -> None:
-        try:
-            source = io.BufferedReader(_Chunks(chunks), PIECE_BYTES)
-            self._reader = pa.ipc.open_stream(source)
-            self.parameters = json.loads((self._reader.schema.metadata or {})[METADATA_KEY])
-        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-            raise _broken(f"is no readable Arrow stream ({first_line(error)})") from error
-
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        """Yield the record batches.
-
-        Yields
-        ------
-        RecordBatch
-
-        Raises
-        ------
-        RequestError
-            If the stream ends before the number of rows that it promised, or cannot be read.
-        """
-        seen, expected = 0, self.parameters.get("rows")
-        try:
-            for batch in self._reader:
-                seen += batch.num_rows
-                yield batch
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise _broken(f"broke off after {seen} of {expected} rows") from error
-        if seen != expected:
-            raise _broken(f"ended after {seen} of {expected} rows")
-
-    def draws(self) -> DrawnRows:
-        """Read all drawn rows.
-
-        Returns
-        -------
-        DrawnRows
-
-        Raises
-        ------
-        RequestError
-            As `batches`.
-        """
-        batches = list(self.batches())
-        lengths = [np.diff(batch.column("gene").offsets.to_numpy()) for batch in batches]
-        ends = np.cumsum(np.concatenate([np.zeros(1, np.int64), *lengths]), dtype=np.int64)
-        return DrawnRows(
-            cells=_joined([batch.column("cell").to_numpy() for batch in batches]),
-            samples=_joined([batch.column("sample").to_numpy() for batch in batches]),
-            indptr=ends,
-            indices=_joined([batch.column("gene").flatten().to_numpy() for batch in batches]),
-            counts=_joined([batch.column("count").flatten().to_numpy() for batch in batches]),
-        )
-
-    def dense(self) -> dict[str, NDArray[np.float32]]:
-        """Read all rows of a dense answer.
-
-        Returns
-        -------
-        dict of arrays[n_cells, width]
-            By column name.
-
-        Raises
-        ------
-        RequestError
-            As `batches`.
-        """
-        batches = list(self.batches())
-        columns = {}
-        for field in list(self._reader.schema)[1:]:
-            parts = [batch.column(field.name).flatten().to_numpy() for batch in batches]
-            flat = np.concatenate([np.zeros(0, np.float32), *parts])
-            columns[field.name] = flat.reshape(-1, field.type.list_size)
-        return columns
-
-
-class _Chunks(io.RawIOBase):
-    """An iterable of bytes as a file, so that no more than a piece is held."""
-
-    def __init__(self, chunks: Iterable[bytes]) -> None:
-        self._chunks = iter(chunks)
-        self._rest = memoryview(b"")
-
-    def readable(self) -> bool:
-        """Return True."""
-        return True
-
-    def readinto(self, target: Any) -> int:
-        """Fill `target` from the next chunk, as far as that goes."""
-        while not self._rest:
-            chunk = next(self._chunks, None)
-            if chunk is None:
-                return 0
-            self._rest = memoryview(chunk)
-        size = min(len(target), len(self._rest))
-        target[:size] = self._rest[:size]
-        self._rest = self._rest[size:]
-        return size
-
-
-def _joined(parts: list[NDArray[np.int32]]) -> NDArray[np.int32]:
-    return np.concatenate([np.zeros(0, np.int32), *parts])
-
-
-def _broken(what: str) -> RequestError:
-    return RequestError(f"the answer {what}", "send the request again", 502, "broken_answer")

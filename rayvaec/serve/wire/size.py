@@ -13,32 +13,10 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
+from rayvaec.serve.wire.flatbuffer import FlatTable
+
 _DICTIONARY_BATCH = 2
 _RECORD_BATCH = 3
-
-
-class _Table:
-    """A flatbuffer table: fields are found through an offset table in front of it."""
-
-    def __init__(self, data: memoryview, position: int) -> None:
-        self._data, self._position = data, position
-        self._offsets = position - struct.unpack_from("<i", data, position)[0]
-        self._size = struct.unpack_from("<H", data, self._offsets)[0]
-
-    def at(self, field: int) -> int | None:
-        """Return the position of a field's value, None where the field is absent."""
-        entry = 4 + 2 * field
-        if entry + 2 > self._size:
-            return None
-        offset = struct.unpack_from("<H", self._data, self._offsets + entry)[0]
-        return self._position + offset if offset else None
-
-    def pointed(self, field: int) -> int | None:
-        """Return the position that a field points to, None where the field is absent."""
-        position = self.at(field)
-        if position is None:
-            return None
-        return position + struct.unpack_from("<I", self._data, position)[0]
 
 
 def unpacked_bytes(body: bytes) -> int:
@@ -68,16 +46,16 @@ def unpacked_bytes(body: bytes) -> int:
 
 def _buffer_sizes(metadata: memoryview, body: memoryview) -> Iterator[int]:
     """Yield the decompressed size of each buffer of one message (Arrow's Message.fbs)."""
-    root = _Table(metadata, struct.unpack_from("<I", metadata, 0)[0])
+    root = FlatTable(metadata)
     kind_at, header = root.at(1), root.pointed(2)
     kind = metadata[kind_at] if kind_at is not None else 0
     if header is not None and kind == _DICTIONARY_BATCH:
-        header = _Table(metadata, header).pointed(1)
+        header = FlatTable(metadata, header).pointed(1)
     elif kind != _RECORD_BATCH:
         return
     if header is None:
         return
-    batch = _Table(metadata, header)
+    batch = FlatTable(metadata, header)
     buffers, compressed = batch.pointed(2), batch.at(3) is not None
     if buffers is None:
         return

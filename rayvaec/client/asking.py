@@ -1,0 +1,368 @@
+"""What a client asks, and how it goes on when no answer comes; written once, to be awaited."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+from urllib.parse import quote
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+
+from rayvaec.client.link import AsyncLink, Link
+from rayvaec.client.portions import GivenCells, NewCells, Portions, portions
+from rayvaec.client.refusals import TurnedAwayError, backoff, check, unreachable
+from rayvaec.client.rows import PART_BYTES, Collector, Part, whole
+from rayvaec.errors import RequestError
+from rayvaec.progress import Progress
+from rayvaec.serve.wire import ARROW, AnswerStream, Form, cells_of, moments_as, rows_as
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+
+Result = TypeVar("Result")
+
+CONNECT_TIMEOUT_S = 10.0
+_READY_TIMEOUT_S = 5.0
+_JSON_SAFE_SEED = 2**53
+
+
+def settings(url: str, token: str | None, timeout: float) -> dict[str, Any]:
+    """Return the arguments of an httpx client: address, token and timeouts."""
+    token = token or os.environ.get("RAYVAEC_TOKEN")
+    headers = {"Content-Type": ARROW, "Accept": ARROW}
+    if token:
+        headers["Authorization"] = f"Bearer {token.strip()}"
+    timeouts = httpx.Timeout(timeout, connect=min(CONNECT_TIMEOUT_S, timeout))
+    # Many requests may wait for their answers at once; the server says when they are too many.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)
+    return {"base_url": url.rstrip("/"), "headers": headers, "timeout": timeouts, "limits": limits}
+
+
+class AsyncClient:
+    """One served model, asked with ``await``.
+
+    ::
+
+        async with AsyncClient("http://127.0.0.1:8000") as client:
+            drawn = await client.sample(adata, n_samples=10, seed=0)
+
+    Parameters
+    ----------
+    url, token, model, timeout, retries, progress
+        As in `rayvaec.client.Client`.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        token: str | None = None,
+        *,
+        model: str | None = None,
+        timeout: float = 300.0,
+        retries: int = 5,
+        progress: bool = False,
+    ) -> None:
+        link = AsyncLink(httpx.AsyncClient(**settings(url, token, timeout)))
+        self._take(link, url, model, retries, progress)
+
+    def _take(self, link: Link, url: str, model: str | None, retries: int, progress: bool) -> None:
+        self.url, self._link = url.rstrip("/"), link
+        self._routes = "/v1" if model is None else f"/v1/models/{quote(model, safe='')}"
+        self._retries, self._progress = retries, progress
+        self._model: dict[str, Any] | None = None
+        self._answered = False
+
+    @classmethod
+    def over(
+        cls, link: Link, url: str, *, model: str | None, retries: int, progress: bool
+    ) -> AsyncClient:
+        """Return a client over another link than that of an event loop."""
+        client = cls.__new__(cls)
+        client._take(link, url, model, retries, progress)
+        return client
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._link.close()
+
+    async def ready(self) -> bool:
+        """Return whether the server answers and its model is loaded; waits 5 seconds at most."""
+        try:
+            async with self._link.ask("GET", "/readyz", timeout=_READY_TIMEOUT_S) as reply:
+                return reply.status == 200
+        except httpx.TransportError:
+            return False
+
+    async def model(self) -> dict[str, Any]:
+        """Ask for the model, as `Client.model`."""
+
+        async def ask() -> dict[str, Any]:
+            async with self._link.ask("GET", f"{self._routes}/model") as reply:
+                return json.loads(await (await check(reply)).whole())
+
+        self._model = await self._persistently(ask)
+        return self._model
+
+    async def sample(
+        self,
+        adata: AnnData,
+        labels_key: str | None = None,
+        n_samples: int = 1,
+        seed: int | None = None,
+        *,
+        reduce: Sequence[str] | None = None,
+        out_genes: Sequence[str] | None = None,
+        as_: Form = "adata",
+        **alignment: Any,
+    ) -> Any:
+        """Draw counts for given cells; parameters, result and errors as `Client.sample`."""
+        asked = _draws(n_samples, seed, reduce=reduce, out_genes=out_genes)
+        answers = await self._of_cells("sample", adata, labels_key, asked, **alignment)
+        return await self._put(await _collected(answers), adata.obs, out_genes, as_)
+
+    async def iter_sample(
+        self,
+        adata: AnnData,
+        labels_key: str | None = None,
+        n_samples: int = 1,
+        seed: int | None = None,
+        *,
+        reduce: Sequence[str] | None = None,
+        out_genes: Sequence[str] | None = None,
+        as_: Form = "adata",
+        **alignment: Any,
+    ) -> AsyncGenerator[Any, None]:
+        """Draw counts, some cells at a time, as `Client.iter_sample`."""
+        asked = _draws(n_samples, seed, reduce=reduce, out_genes=out_genes)
+        answers = await self._of_cells("sample", adata, labels_key, asked, **alignment)
+        async with aclosing(answers):
+            async for part in answers:
+                obs = adata.obs.iloc[part.first : part.first + part.n_cells]
+                yield await self._put(part, obs, out_genes, as_)
+
+    async def generate(
+        self,
+        labels: str | Sequence[str],
+        library: float | Sequence[float],
+        n_cells: int | None = None,
+        *,
+        n_samples: int = 1,
+        seed: int | None = None,
+        cell_ids: Sequence[str] | None = None,
+        batches: Sequence[str] | None = None,
+        reduce: Sequence[str] | None = None,
+        out_genes: Sequence[str] | None = None,
+        as_: Form = "adata",
+    ) -> Any:
+        """Draw new cells from the prior; parameters, result and errors as `Client.generate`."""
+        import pandas as pd
+
+        every = [labels] * (n_cells or 1) if isinstance(labels, str) else list(labels)
+        libraries = np.broadcast_to(np.asarray(library, np.float64), len(every))
+        asked = _draws(n_samples, seed, reduce=reduce, out_genes=out_genes)
+        cells = NewCells(every, libraries, batches, cell_ids)
+        part = await _collected(self._answers("generate", cells, asked))
+        names = [str(i) for i in range(len(every))] if cell_ids is None else list(cell_ids)
+        obs = pd.DataFrame({"label": pd.Categorical(every)}, index=names)
+        return await self._put(part, obs, out_genes, as_)
+
+    async def latent(
+        self, adata: AnnData, labels_key: str | None = None, **alignment: Any
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return mean and variance of the posterior of z, as `Client.latent`."""
+        answers = await self._of_cells("latent", adata, labels_key, {}, **alignment)
+        columns: Any = (await _collected(answers)).rows
+        return columns["mean"], columns["variance"]
+
+    async def expression(
+        self,
+        adata: AnnData,
+        labels_key: str | None = None,
+        *,
+        out_genes: Sequence[str] | None = None,
+        **alignment: Any,
+    ) -> NDArray[np.float32]:
+        """Return denoised expression, as `Client.expression`."""
+        asked = _given(out_genes=out_genes)
+        answers = await self._of_cells("expression", adata, labels_key, asked, **alignment)
+        columns: Any = (await _collected(answers)).rows
+        return columns["expression"]
+
+    async def _of_cells(
+        self,
+        what: str,
+        adata: AnnData,
+        labels_key: str | None,
+        asked: dict[str, Any],
+        *,
+        layer: str | None = None,
+        batch_key: str | None = None,
+        allow_missing: bool = False,
+    ) -> AsyncGenerator[Part, None]:
+        """Return the answers about an AnnData's cells."""
+        model = self._model or await self.model()
+        batch_key = None if model["batch_key"] is None else batch_key or model["batch_key"]
+        cells, genes = cells_of(adata, labels_key or model["labels_key"], batch_key, layer)
+        return self._answers(
+            what, GivenCells(cells), {**asked, "genes": genes, "allow_missing": allow_missing}
+        )
+
+    async def _answers(
+        self, what: str, cells: Portions, asked: Mapping[str, Any]
+    ) -> AsyncGenerator[Part, None]:
+        """Yield all cells' rows, part by part, from as many requests as it takes."""
+        model = self._model or await self.model()
+        facts: Mapping[str, Any] | None = None
+        with _Bar(len(cells), what, shown=self._progress) as bar:
+            for start, stop in portions(cells, model, asked):
+                async with aclosing(self._portion(what, cells, start, stop, asked)) as parts:
+                    async for part in parts:
+                        facts = _same_model(facts or part.facts, part.facts)
+                        bar.advance(part.n_cells)
+                        yield part
+
+    async def _portion(
+        self, what: str, cells: Portions, start: int, stop: int, asked: Mapping[str, Any]
+    ) -> AsyncGenerator[Part, None]:
+        """Yield some cells' rows; after a failure, ask for those that have not come."""
+        done, failures = start, 0
+        while True:
+            first = done if cells.named else start
+            body = cells.body(first, stop, asked)
+            try:
+                async with aclosing(self._answer(what, body, first, asked)) as parts:
+                    async for part in parts:
+                        if (new := part.beyond(done)) is not None:
+                            done, failures = new.first + new.n_cells, 0
+                            yield new
+                return
+            except (TurnedAwayError, RequestError, httpx.TransportError) as error:
+                await self._wait(error, failures)
+                failures += 1
+
+    async def _answer(
+        self, what: str, body: bytes, first: int, asked: Mapping[str, Any]
+    ) -> AsyncGenerator[Part, None]:
+        """Send one request and yield its rows; end with an error unless all have come."""
+        dense = what not in ("sample", "generate") or bool(asked.get("reduce"))
+        stream = AnswerStream()
+        rows = Collector(stream, first, 1 if dense else asked["n_samples"], dense)
+        async with self._link.ask("POST", f"{self._routes}/{what}", body) as reply:
+            await check(reply)
+            self._answered = True
+            async for chunk in reply.chunks:
+                stream.feed(chunk)
+                if stream.n_waiting >= PART_BYTES and (part := rows.take()) is not None:
+                    yield part
+        stream.finish()
+        if (part := rows.take()) is not None:
+            yield part
+
+    async def _persistently(self, ask: Callable[[], Awaitable[Result]]) -> Result:
+        failures = 0
+        while True:
+            try:
+                result = await ask()
+            except (TurnedAwayError, RequestError, httpx.TransportError) as error:
+                await self._wait(error, failures)
+                failures += 1
+            else:
+                self._answered = True
+                return result
+
+    async def _wait(self, error: Exception, failures: int) -> None:
+        """Wait until a request may be sent again; raise the error where that is no use."""
+        asked = 0.0
+        if isinstance(error, TurnedAwayError):
+            failure, asked = error.failure, error.wait
+        elif isinstance(error, httpx.TransportError):
+            failure = unreachable(self.url, error)
+            # A server that never answered is likely not there; one that did may be starting again.
+            refused = isinstance(error, httpx.ConnectError) and not self._answered
+            if refused or isinstance(error, httpx.TimeoutException):
+                raise failure from error
+        elif isinstance(error, RequestError) and error.error == "broken_answer":
+            failure = error
+        else:
+            raise error
+        if failures >= self._retries:
+            raise failure
+        await self._link.sleep(backoff(failures, asked))
+
+    async def _put(
+        self, part: Part, obs: pd.DataFrame, out_genes: Sequence[str] | None, form: Form
+    ) -> Any:
+        """Put rows into the form that was asked for."""
+        genes = out_genes
+        if genes is None:
+            model = self._model or await self.model()
+            if model["model_hash"] != part.facts["model_hash"]:  # another one is served by now
+                model = await self.model()
+            genes = model["genes"]
+        facts = {**part.facts, "n_cells": part.n_cells}
+        if isinstance(part.rows, dict):
+            return moments_as(form, part.rows, facts, obs, genes)
+        return rows_as(form, part.rows, facts, obs, genes)
+
+
+class _Bar:
+    """How many cells have come, where that is to be shown."""
+
+    def __init__(self, total: int, what: str, shown: bool) -> None:
+        self._progress = Progress(total, "cells", what) if shown else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._progress is not None:
+            self._progress.__exit__(*exc_info)
+
+    def advance(self, n_cells: int) -> None:
+        """Count more cells."""
+        if self._progress is not None:
+            self._progress.advance(n_cells)
+
+
+async def _collected(answers: AsyncGenerator[Part, None]) -> Part:
+    async with aclosing(answers):
+        return whole([part async for part in answers])
+
+
+def _same_model(facts: Mapping[str, Any], others: Mapping[str, Any]) -> Mapping[str, Any]:
+    if facts["model_hash"] != others["model_hash"]:
+        raise RequestError(
+            f"the model changed from {facts['model_hash']} to {others['model_hash']} while the "
+            "answer came",
+            "ask again, for all cells to be drawn from one model",
+            *(409, "model_changed"),
+        )
+    return facts
+
+
+def _draws(n_samples: int, seed: int | None, **asked: Any) -> dict[str, Any]:
+    """Return the parameters of draws; the seed is chosen here, as several requests may share it."""
+    seed = secrets.randbelow(_JSON_SAFE_SEED) if seed is None else seed
+    return _given(n_samples=n_samples, seed=seed, **asked)
+
+
+def _given(**parameters: Any) -> dict[str, Any]:
+    """Return the parameters that are not None, sequences as lists."""
+    return {
+        name: value if isinstance(value, str | int) else list(value)
+        for name, value in parameters.items()
+        if value is not None
+    }
