@@ -98,7 +98,7 @@ class Endpoint:
 
         torch.set_num_threads(max(int(args.cpus_per_replica), 1))
         self._token_digest = args.token_sha256 or token_digest(args.token_file)
-        self._limits, threads = args.limits, Threads()
+        self._limits, threads = args.limits, Threads(args.limits)
         self._services: dict[str, Service] = {}
         for name, folder in args.named_models.items():
             model = load_model(folder, "cuda" if args.use_gpu else "cpu")

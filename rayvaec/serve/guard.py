@@ -21,8 +21,8 @@ from rayvaec.serve.limits import Gate, Limits
 
 logger = logging.getLogger("rayvaec")
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
-"""Paths that need no token: they tell nothing about the model."""
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs"})
+"""Paths that need no token, as those below /docs do not: they tell nothing about the models."""
 
 _REQUEST_ID = "X-Request-ID"
 _ID_PATTERN = re.compile(r"[\x21-\x7e]{1,128}")
@@ -105,7 +105,7 @@ class Guard:
             await self._refuse(failed, scope, receive, answer)
 
     def _authorize(self, scope: Scope) -> None:
-        if scope["path"] in OPEN_PATHS:
+        if scope["path"] in OPEN_PATHS or scope["path"].startswith("/docs/"):
             return
         if self._token_digest is None:
             if not arrived_on_loopback(scope.get("server")):

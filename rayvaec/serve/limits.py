@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 from rayvaec.errors import ConfigError, RequestError
+from rayvaec.serve.wire import ARROW, H5AD, JSON
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,14 @@ class Limits:
         The same where the answer is JSON, which is held whole in memory.
     max_json_values : int
         Most numbers in a dense JSON answer (latent, expression, moments).
+    max_h5ad_cost : int
+        Largest cells * genes * n_samples, and most numbers of a dense answer, where the answer is
+        an h5ad file, which is held whole in memory.
+    max_h5ad_layers : int
+        Most draws a cell, each of them a layer, in an h5ad file.
+    max_quantile_draws : int
+        Largest genes * n_samples of a request for quantiles: the draws of one cell, which at worst
+        are held while its quantiles are found.
     max_requests : int
         Requests at work or waiting; one more is answered with 429.
     timeout_s : float
@@ -43,6 +52,9 @@ class Limits:
     max_cost: int = 4_000_000_000
     max_json_cost: int = 20_000_000
     max_json_values: int = 2_000_000
+    max_h5ad_cost: int = 50_000_000
+    max_h5ad_layers: int = 1000
+    max_quantile_draws: int = 40_000_000
     max_requests: int = 64
     timeout_s: float = 300.0
 
@@ -55,7 +67,9 @@ class Limits:
                 )
 
 
-def check_cost(n_cells: int, n_genes: int, n_samples: int, limits: Limits, json: bool) -> None:
+def check_cost(
+    n_cells: int, n_genes: int, n_samples: int, limits: Limits, answer: str = ARROW
+) -> None:
     """Refuse work that is too large before any of it is done.
 
     Parameters
@@ -64,8 +78,8 @@ def check_cost(n_cells: int, n_genes: int, n_samples: int, limits: Limits, json:
         Size of the work.
     limits : Limits
         The bounds.
-    json : bool
-        Whether the draws shall be answered as JSON.
+    answer : str
+        Media type in which the draws shall be answered.
 
     Raises
     ------
@@ -80,13 +94,19 @@ def check_cost(n_cells: int, n_genes: int, n_samples: int, limits: Limits, json:
             "send several requests; draws are the same where cell_ids are given",
             *(413, "too_large"),
         )
+    if answer == H5AD and n_samples > limits.max_h5ad_layers:
+        raise RequestError(
+            f"{n_samples:,} draws a cell would be as many layers, above the largest number, "
+            f"{limits.max_h5ad_layers:,}",
+            f"ask for fewer draws a request, or accept {ARROW}",
+            *(413, "too_large"),
+        )
     cost, largest = n_cells * n_genes * n_samples, limits.max_cost
     advice = "send fewer cells or ask for fewer draws a request"
-    if json and limits.max_json_cost < largest:
-        largest = limits.max_json_cost
-        advice = (
-            f"{advice}, or accept application/vnd.apache.arrow.stream for up to {limits.max_cost:,}"
-        )
+    held = {JSON: limits.max_json_cost, H5AD: limits.max_h5ad_cost}.get(answer, largest)
+    if held < largest:
+        largest = held
+        advice = f"{advice}, or accept {ARROW} for up to {limits.max_cost:,}"
     if cost > largest:
         raise RequestError(
             f"cells * genes * n_samples is {n_cells:,} * {n_genes:,} * {n_samples:,} = {cost:,}, "
@@ -96,13 +116,42 @@ def check_cost(n_cells: int, n_genes: int, n_samples: int, limits: Limits, json:
         )
 
 
-def check_json_values(n_values: int, limits: Limits) -> None:
-    """Refuse a dense JSON answer that is too large.
+def check_dense(n_values: int, limits: Limits, answer: str) -> None:
+    """Refuse a dense answer that is too large to be held whole.
 
     Parameters
     ----------
     n_values : int
         Numbers in the answer.
+    limits : Limits
+        The bounds.
+    answer : str
+        Media type of the answer; Arrow streams are not held.
+
+    Raises
+    ------
+    RequestError
+        413; it names the largest size that is allowed.
+    """
+    held = {JSON: ("JSON", limits.max_json_values), H5AD: ("h5ad", limits.max_h5ad_cost)}
+    form, largest = held.get(answer, ("", n_values))
+    if n_values > largest:
+        raise RequestError(
+            f"the answer would hold {n_values:,} numbers, above the largest in {form}, {largest:,}",
+            f"accept {ARROW}, send fewer cells or name out_genes",
+            *(413, "too_large"),
+        )
+
+
+def check_quantiles(n_genes: int, n_samples: int, limits: Limits) -> None:
+    """Refuse quantiles over more draws of a cell than may be held.
+
+    Parameters
+    ----------
+    n_genes : int
+        Genes of the answer.
+    n_samples : int
+        Draws a cell.
     limits : Limits
         The bounds.
 
@@ -111,11 +160,11 @@ def check_json_values(n_values: int, limits: Limits) -> None:
     RequestError
         413; it names the largest size that is allowed.
     """
-    if n_values > limits.max_json_values:
+    if n_genes * n_samples > limits.max_quantile_draws:
         raise RequestError(
-            f"the answer would hold {n_values:,} numbers, above the largest in JSON, "
-            f"{limits.max_json_values:,}",
-            "accept application/vnd.apache.arrow.stream, send fewer cells or name out_genes",
+            f"quantiles of {n_samples:,} draws of {n_genes:,} genes need {n_genes * n_samples:,} "
+            f"draws of a cell, above the largest allowed, {limits.max_quantile_draws:,}",
+            "ask for fewer draws or name out_genes",
             *(413, "too_large"),
         )
 

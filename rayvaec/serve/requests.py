@@ -23,7 +23,8 @@ from rayvaec.serve.cells import (
     label_codes,
     raw_counts,
 )
-from rayvaec.serve.limits import Limits, check_cost, check_json_values
+from rayvaec.serve.limits import Limits, check_cost, check_dense, check_quantiles
+from rayvaec.serve.moments import MomentsTask
 from rayvaec.serve.schemas import (
     CellsParameters,
     CellsRequest,
@@ -36,8 +37,15 @@ from rayvaec.serve.schemas import (
     SampleRequest,
     problem_of,
 )
-from rayvaec.serve.tasks import DenseTask, Drawing, DrawTask, MomentsTask, Task
-from rayvaec.serve.wire import RawCells, decode_cells, number_column, read_table, text_column
+from rayvaec.serve.tasks import DenseTask, Drawing, DrawTask, Task
+from rayvaec.serve.wire import (
+    ARROW,
+    RawCells,
+    decode_cells,
+    number_column,
+    read_table,
+    text_column,
+)
 
 Schema = TypeVar("Schema", bound=BaseModel)
 LARGEST_LIBRARY = 1e9
@@ -52,15 +60,15 @@ class Body:
     ----------
     data : bytes
         As it was sent.
-    arrow : bool
-        Whether it is an Arrow stream instead of JSON.
-    json_answer : bool
-        Whether the answer is JSON, which is bounded more tightly.
+    kind : str
+        Its media type, JSON or Arrow.
+    answer : str
+        Media type of the answer; some are bounded more tightly.
     """
 
     data: bytes
-    arrow: bool
-    json_answer: bool
+    kind: str
+    answer: str
 
 
 Reader = Callable[[Body, TrainedModel, Limits], Task]
@@ -90,18 +98,18 @@ def sample_task(body: Body, model: TrainedModel, limits: Limits) -> Task:
     raw, asked = _given_cells(body, SampleRequest, SampleParameters, model, limits)
     check_cost(
         *(len(raw.indptr) - 1, model.registry.n_genes, asked.n_samples, limits),
-        json=body.json_answer and not asked.reduce,
+        ARROW if asked.reduce else body.answer,
     )
     aligned = align_cells(raw, asked.genes, asked.allow_missing, model.registry)
-    return _drawing(body, model, limits, asked, aligned, None)
+    return _drawing(body, model, limits, asked, aligned, raw.cell_ids)
 
 
 def generate_task(body: Body, model: TrainedModel, limits: Limits) -> Task:
     """Read a request to /v1/generate; parameters, result and errors as in `sample_task`."""
-    new = _new_cells_arrow(body, limits) if body.arrow else _new_cells_json(body)
+    new = _new_cells_arrow(body, limits) if body.kind == ARROW else _new_cells_json(body)
     check_cost(
         *(new.n_cells, model.registry.n_genes, new.asked.n_samples, limits),
-        json=body.json_answer and not new.asked.reduce,
+        ARROW if new.asked.reduce else body.answer,
     )
     labels = list(new.labels) * new.n_cells if len(new.labels) == 1 else new.labels
     cells = Cells(
@@ -113,7 +121,8 @@ def generate_task(body: Body, model: TrainedModel, limits: Limits) -> Task:
         keys=keys_of(new.cell_ids, new.n_cells),
     )
     library = _library(new.library, new.n_cells)
-    return _drawing(body, model, limits, new.asked, Aligned(cells, (), ()), library)
+    aligned = Aligned(cells, (), ())
+    return _drawing(body, model, limits, new.asked, aligned, new.cell_ids, library)
 
 
 @dataclass(frozen=True)
@@ -153,26 +162,26 @@ def _new_cells_arrow(body: Body, limits: Limits) -> _NewCells:
 def latent_task(body: Body, model: TrainedModel, limits: Limits) -> Task:
     """Read a request to /v1/latent; parameters, result and errors as in `sample_task`."""
     raw, asked = _given_cells(body, LatentRequest, CellsParameters, model, limits)
-    check_cost(len(raw.indptr) - 1, model.registry.n_genes, 1, limits, json=False)
+    check_cost(len(raw.indptr) - 1, model.registry.n_genes, 1, limits)
     aligned = align_cells(raw, asked.genes, asked.allow_missing, model.registry)
     n_latent = model.module.config.n_latent
     widths = {"mean": n_latent, "variance": n_latent}
     facts = _facts(model, aligned)
-    task = DenseTask("latent", aligned.cells, model.registry.n_genes, widths, None, facts)
-    return _checked(task, body, limits)
+    about = (aligned.cells, model.registry.n_genes, widths, None, raw.cell_ids, facts)
+    return _checked(DenseTask("latent", *about), body, limits)
 
 
 def expression_task(body: Body, model: TrainedModel, limits: Limits) -> Task:
     """Read a request to /v1/expression; parameters, result and errors as in `sample_task`."""
     raw, asked = _given_cells(body, ExpressionRequest, ExpressionParameters, model, limits)
-    check_cost(len(raw.indptr) - 1, model.registry.n_genes, 1, limits, json=False)
+    check_cost(len(raw.indptr) - 1, model.registry.n_genes, 1, limits)
     columns = gene_columns(asked.out_genes, model.registry)
     aligned = align_cells(raw, asked.genes, asked.allow_missing, model.registry)
     n_genes = model.registry.n_genes
     widths = {"expression": n_genes if columns is None else len(columns)}
     facts = _facts(model, aligned)
-    task = DenseTask("expression", aligned.cells, n_genes, widths, columns, facts)
-    return _checked(task, body, limits)
+    about = (aligned.cells, n_genes, widths, columns, raw.cell_ids, facts)
+    return _checked(DenseTask("expression", *about), body, limits)
 
 
 def _given_cells(
@@ -183,7 +192,7 @@ def _given_cells(
     limits: Limits,
 ) -> tuple[RawCells, Schema]:
     """Return the cells and the parameters; for JSON, the request is its own parameters."""
-    if body.arrow:
+    if body.kind == ARROW:
         raw, parameters = decode_cells(body.data, limits.max_body_bytes)
         return raw, _validated(parameters_type, parameters)
     request: Any = _validated_json(request_type, body.data)
@@ -198,7 +207,8 @@ def _drawing(
     limits: Limits,
     asked: DrawParameters,
     aligned: Aligned,
-    library: NDArray[np.float32] | None,
+    names: Sequence[str | None] | None,
+    library: NDArray[np.float32] | None = None,
 ) -> Task:
     seed = secrets.randbelow(_JSON_SAFE_SEED) if asked.seed is None else asked.seed
     drawing = Drawing(
@@ -209,11 +219,16 @@ def _drawing(
         seed=seed,
         n_genes=model.registry.n_genes,
         columns=gene_columns(asked.out_genes, model.registry),
+        names=names,
     )
     facts = {**_facts(model, aligned), "seed": seed, "n_samples": asked.n_samples}
     if not asked.reduce:
         return _checked(DrawTask(drawing, facts), body, limits)
-    return _checked(MomentsTask(drawing, tuple(dict.fromkeys(asked.reduce)), facts), body, limits)
+    quantiles = tuple(dict.fromkeys(asked.quantiles or ()))
+    if quantiles:
+        check_quantiles(drawing.n_out, asked.n_samples, limits)
+    moments = tuple(name for name in dict.fromkeys(asked.reduce) if name != "quantiles")
+    return _checked(MomentsTask(drawing, moments, quantiles, facts), body, limits)
 
 
 def _facts(model: TrainedModel, aligned: Aligned) -> dict[str, Any]:
@@ -226,8 +241,7 @@ def _facts(model: TrainedModel, aligned: Aligned) -> dict[str, Any]:
 
 
 def _checked(task: Task, body: Body, limits: Limits) -> Task:
-    if body.json_answer:
-        check_json_values(task.n_json_values, limits)
+    check_dense(task.n_values, limits, body.answer)
     return task
 
 

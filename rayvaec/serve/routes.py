@@ -4,80 +4,25 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 import rayvaec
 from rayvaec.errors import RequestError
-from rayvaec.serve import requests
+from rayvaec.serve import openapi
+from rayvaec.serve.bodies import Sent
+from rayvaec.serve.docs import add_docs
 from rayvaec.serve.guard import Guard, problem_response, request_id_of
 from rayvaec.serve.limits import Limits, read_body
-from rayvaec.serve.schemas import (
-    DrawsAnswer,
-    ExpressionAnswer,
-    ExpressionRequest,
-    GenerateRequest,
-    LatentAnswer,
-    LatentRequest,
-    ModelAnswer,
-    ModelEntry,
-    ModelsAnswer,
-    Problem,
-    SampleRequest,
-    StatusAnswer,
-)
+from rayvaec.serve.media import accepted, content_type, is_gzipped
+from rayvaec.serve.openapi import Route
+from rayvaec.serve.schemas import ModelAnswer, ModelEntry, ModelsAnswer, StatusAnswer
 from rayvaec.serve.service import Service
 from rayvaec.serve.tasks import Task
-from rayvaec.serve.wire import ARROW, JSON
-
-_ROUTES = (
-    (
-        "sample",
-        requests.sample_task,
-        SampleRequest,
-        DrawsAnswer,
-        "Posterior-predictive draws p(x^ | x, y)",
-    ),
-    (
-        "generate",
-        requests.generate_task,
-        GenerateRequest,
-        DrawsAnswer,
-        "New cells: z from the prior, counts given z, label and library size",
-    ),
-    (
-        "latent",
-        requests.latent_task,
-        LatentRequest,
-        LatentAnswer,
-        "Mean and variance of q(z | x, y)",
-    ),
-    (
-        "expression",
-        requests.expression_task,
-        ExpressionRequest,
-        ExpressionAnswer,
-        "Denoised expression: each gene's share of the expected counts",
-    ),
-)
-
-_STATUSES = {
-    400: "The body cannot be decoded",
-    401: "No token, or a wrong one",
-    406: "No media type of Accept can be given",
-    413: "Body or work too large; the largest that is allowed is named",
-    415: "Content-Type or Content-Encoding is not understood",
-    422: "Counts, labels, genes or parameters do not fit; value, place and fix are named",
-    429: "Too many requests; Retry-After says when to try again",
-    503: "Not available yet, or no more",
-    504: "No answer within the time limit",
-}
-_ARROW_BODY = {"schema": {"type": "string", "format": "binary"}}
+from rayvaec.serve.wire import ARROW, H5AD, JSON
 
 
 def create_app(
@@ -117,20 +62,21 @@ def create_app(
         summary="Posterior-predictive sampling of a label-conditional VAE for single-cell counts",
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,
         redoc_url=None,
-        swagger_ui_oauth2_redirect_url=None,
     )
     app.state.services = services
     app.add_middleware(Guard, limits=limits, token_digest=token_digest, behind_proxy=behind_proxy)
     app.add_exception_handler(HTTPException, _no_such_route)
     app.add_exception_handler(RequestValidationError, _not_valid)
+    add_docs(app)
     _add_status(app)
     _add_list(app, services)
     for name, service in services.items():
         _add_all(app, service, f"/v1/models/{name}", tag=name, shown=len(services) > 1)
     if len(services) == 1:
         _add_all(app, service, "/v1", tag="the model", shown=True)
-    app.openapi = lambda: _openapi(app, token_digest is not None)  # type: ignore[method-assign]
+    app.openapi = lambda: openapi.document(app, token_digest is not None)  # type: ignore[method-assign]
     return app
 
 
@@ -160,7 +106,7 @@ def _add_list(app: FastAPI, services: Mapping[str, Service]) -> None:
     @app.get(
         "/v1/models",
         summary="The models that are served, and where",
-        responses=_problems(401),
+        responses=openapi.problems(401),
         tags=["models"],
     )
     async def models() -> ModelsAnswer:
@@ -171,8 +117,8 @@ def _add_all(app: FastAPI, service: Service, prefix: str, tag: str, shown: bool)
     """Add the routes of one model; unless `shown`, /openapi.json does not hold them."""
     router = APIRouter(prefix=prefix, tags=[tag], include_in_schema=shown)
     _add_model(router, service)
-    for name, reader, request_schema, answer_schema, summary in _ROUTES:
-        _add_work(router, service, name, reader, request_schema, answer_schema, summary)
+    for route in openapi.ROUTES:
+        _add_work(router, service, route)
     app.include_router(router)
 
 
@@ -183,7 +129,7 @@ def _add_model(router: APIRouter, service: Service) -> None:
         "/model",
         summary="Genes, labels, configuration, hashes and limits",
         response_model=ModelAnswer,
-        responses=_problems(401),
+        responses=openapi.problems(401),
     )
     async def model() -> Response:
         return Response(
@@ -193,43 +139,34 @@ def _add_model(router: APIRouter, service: Service) -> None:
         )
 
 
-def _add_work(
-    router: APIRouter,
-    service: Service,
-    name: str,
-    reader: requests.Reader,
-    request_schema: type,
-    answer_schema: type,
-    summary: str,
-) -> None:
-    body = {JSON: {"schema": {"$ref": f"#/components/schemas/{request_schema.__name__}"}}}
-
+def _add_work(router: APIRouter, service: Service, route: Route) -> None:
     @router.post(
-        f"/{name}",
-        name=name,
-        summary=summary,
-        responses={
-            200: {"model": answer_schema, "content": {ARROW: _ARROW_BODY}},
-            **_problems(*_STATUSES),
-        },
-        openapi_extra={"requestBody": {"required": True, "content": {**body, ARROW: _ARROW_BODY}}},
+        f"/{route.name}",
+        name=route.name,
+        summary=route.summary,
+        responses=openapi.responses(route),
+        openapi_extra=openapi.request_body(route, service.model.registry),
     )
     async def work(request: Request) -> Response:
-        arrow = _content_type(request) == ARROW
-        json_answer = _accepted(request.headers.get("accept", "")) == JSON
+        kind = content_type(request.headers.get("content-type"), route.understood)
+        gzipped = is_gzipped(request.headers.get("content-encoding"))
+        answer = accepted(request.headers.get("accept"))
         length = request.headers.get("content-length")
         data = await read_body(request.stream(), length, service.limits.max_body_bytes)
-        task = await service.read(reader, requests.Body(data, arrow, json_answer))
+        query = request.query_params.multi_items()
+        task = await service.read(route.reader, Sent(data, kind, gzipped, query, answer))
         del data
-        return await _answer(service, task, json_answer)
+        return await _answer(service, task, answer)
 
 
-async def _answer(service: Service, task: Task, json_answer: bool) -> Response:
+async def _answer(service: Service, task: Task, kind: str) -> Response:
     headers = {"X-Rayvaec-Model": service.model.hash}
     if "seed" in task.facts:
         headers["X-Rayvaec-Seed"] = str(task.facts["seed"])
-    if json_answer:
+    if kind == JSON:
         return Response(await service.json(task), media_type=JSON, headers=headers)
+    if kind == H5AD:
+        return Response(await service.h5ad(task), media_type=H5AD, headers=headers)
     pieces = service.arrow(task)
     # The stream's start and the first rows come before the status: what fails, fails with one.
     first = [await anext(pieces), await anext(pieces)]
@@ -240,54 +177,6 @@ async def _answer(service: Service, task: Task, json_answer: bool) -> Response:
             yield piece
 
     return StreamingResponse(stream(), media_type=ARROW, headers=headers)
-
-
-def _content_type(request: Request) -> str:
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding not in ("", "identity"):
-        raise RequestError(
-            f"Content-Encoding {encoding[:60]!r} is not understood",
-            "send the body as it is; Arrow streams may compress their buffers",
-            *(415, "unsupported_media_type"),
-        )
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind not in (JSON, ARROW):
-        raise RequestError(
-            f"Content-Type {kind[:60]!r} is not understood",
-            f"send {JSON} or {ARROW}",
-            *(415, "unsupported_media_type"),
-        )
-    return kind
-
-
-def _accepted(header: str) -> str:
-    """Return the media type of the answer: the one that Accept weighs most, JSON in doubt."""
-    best, best_weight = "", 0.0
-    for entry in header.split(",") if header.strip() else ["*/*"]:
-        kind, *parameters = (part.strip().lower() for part in entry.split(";"))
-        weight = _weight(parameters)
-        if kind in ("*/*", "application/*"):
-            kind = JSON
-        if kind in (JSON, ARROW) and weight > best_weight:
-            best, best_weight = kind, weight
-    if not best:
-        raise RequestError(
-            f"Accept {header[:60]!r} names nothing that can be given",
-            f"accept {JSON} or {ARROW}",
-            *(406, "not_acceptable"),
-        )
-    return best
-
-
-def _weight(parameters: list[str]) -> float:
-    for parameter in parameters:
-        name, _, value = parameter.partition("=")
-        if name.strip() == "q":
-            try:
-                return float(value)
-            except ValueError:
-                return 0.0
-    return 1.0
 
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
@@ -311,26 +200,3 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
 async def _not_valid(request: Request, error: Exception) -> Response:
     problem = RequestError(f"{error}"[:200], "see /docs", 422, "invalid_request")
     return problem_response(problem, request_id_of(request.scope))
-
-
-def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": Problem, "description": _STATUSES[status]} for status in statuses}
-
-
-def _openapi(app: FastAPI, token: bool) -> dict[str, Any]:
-    """Return FastAPI's document with the schemas of the bodies, which no route declares."""
-    if app.openapi_schema is not None:
-        return app.openapi_schema
-    document = get_openapi(
-        title=app.title, version=app.version, summary=app.summary, routes=app.routes
-    )
-    schemas = document["components"]["schemas"]
-    for _, _, model, _, _ in _ROUTES:
-        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-        schemas.update(schema.pop("$defs", {}))
-        schemas[model.__name__] = schema
-    if token:
-        document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-        document["security"] = [{"token": []}]
-    app.openapi_schema = document
-    return document

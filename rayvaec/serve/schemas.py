@@ -22,7 +22,9 @@ Index = Annotated[int, Field(strict=True, ge=-(2**62), le=2**62)]
 Value = Annotated[float, Field(strict=True)]
 Text = Annotated[str, Field(strict=True)]
 Seed = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
-Reduction = Literal["mean", "var", "zero_fraction"]
+Reduction = Literal["mean", "var", "zero_fraction", "quantiles"]
+Quantile = Annotated[float, Field(strict=True, ge=0, le=1)]
+MOST_QUANTILES = 32
 NSamples = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
 OneOrMore = Annotated[
     list[Value],
@@ -81,7 +83,19 @@ class DrawParameters(_Strict):
     reduce: list[Reduction] | None = Field(
         None, min_length=1, description="Return these moments of the draws instead of the draws"
     )
+    quantiles: list[Quantile] | None = Field(
+        None,
+        min_length=1,
+        max_length=MOST_QUANTILES,
+        description="Which quantiles, from 0 to 1, where `reduce` asks for quantiles",
+    )
     out_genes: list[Text] | None = OUT_GENES
+
+    @model_validator(mode="after")
+    def _quantiles_if_asked_for(self) -> Self:
+        if ("quantiles" in (self.reduce or ())) != (self.quantiles is not None):
+            raise ValueError('needs both "quantiles" in reduce and quantiles, or neither')
+        return self
 
 
 class SampleParameters(CellsParameters, DrawParameters):
@@ -124,33 +138,16 @@ class CellsRequest(_PerCell):
         return value
 
 
-_CELLS_EXAMPLE: dict[str, Any] = {
-    "cells": {"indptr": [0, 2, 3], "indices": [0, 1, 1], "counts": [5, 1, 2]},
-    "labels": ["T cell", "B cell"],
-    "cell_ids": ["AAACATAC-1", "AAACATTG-1"],
-}
-
-
-def _example(**fields: Any) -> ConfigDict:
-    return ConfigDict(json_schema_extra={"examples": [fields]})
-
-
 class SampleRequest(CellsRequest, SampleParameters):
     """Posterior-predictive draws of given cells."""
-
-    model_config = _example(**_CELLS_EXAMPLE, n_samples=10, seed=0)
 
 
 class LatentRequest(CellsRequest, CellsParameters):
     """Mean and variance of q(z | x, y) of given cells."""
 
-    model_config = _example(**_CELLS_EXAMPLE)
-
 
 class ExpressionRequest(CellsRequest, ExpressionParameters):
     """Denoised expression of given cells."""
-
-    model_config = _example(**_CELLS_EXAMPLE)
 
 
 class GenerateRequest(_PerCell, DrawParameters):
@@ -164,8 +161,6 @@ class GenerateRequest(_PerCell, DrawParameters):
     library: OneOrMore = Field(
         description="Total counts a cell is expected to have: one number, or one per cell"
     )
-
-    model_config = _example(label="T cell", n_cells=2, library=3000, seed=0)
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
@@ -206,7 +201,9 @@ class DrawsAnswer(_Answer):
     seed: int
     n_samples: int
     draws: CsrRows | None = None
-    moments: dict[Reduction, list[list[float]]] | None = None
+    moments: dict[str, list[list[float]]] | None = Field(
+        None, description="One matrix, cells x genes, each of mean, ..., quantile_0.5, ..."
+    )
 
 
 class LatentAnswer(_Answer):

@@ -18,9 +18,12 @@ import numpy as np
 import rayvaec
 from rayvaec.infer.posterior import Cells
 from rayvaec.infer.trained import TrainedModel
+from rayvaec.serve.bodies import Sent, unpack
+from rayvaec.serve.h5ad.sandbox import Sandbox
+from rayvaec.serve.h5ad.writing import write_h5ad
 from rayvaec.serve.limits import Limits
 from rayvaec.serve.merge import Merger
-from rayvaec.serve.requests import Body, Reader
+from rayvaec.serve.requests import Reader
 from rayvaec.serve.tasks import Task
 from rayvaec.serve.wire import END_OF_STREAM, stream_start
 from rayvaec.serve.work import Job, run_jobs
@@ -33,7 +36,12 @@ _JOBS_AHEAD = 2
 
 
 class Threads:
-    """The threads of a replica; its models share them, as they share its CPUs.
+    """Who works in a replica; its models share them, as they share its CPUs.
+
+    Parameters
+    ----------
+    limits : Limits
+        Bounds on requests.
 
     Attributes
     ----------
@@ -42,16 +50,20 @@ class Threads:
     readers : ThreadPoolExecutor
         Decode requests and encode answers; few, since a body being decoded takes many times its
         size.
+    sandbox : Sandbox
+        The process that reads h5ad files.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits) -> None:
         self.sampler = ThreadPoolExecutor(1, thread_name_prefix="rayvaec-sampler")
         self.readers = ThreadPoolExecutor(_READERS, thread_name_prefix="rayvaec-reader")
+        self.sandbox = Sandbox(limits.max_body_bytes)
 
     def close(self) -> None:
-        """End the threads once their present work is done."""
+        """End them once their present work is done."""
         self.sampler.shutdown(wait=False, cancel_futures=True)
         self.readers.shutdown(wait=False, cancel_futures=True)
+        self.sandbox.close()
 
 
 class Service:
@@ -69,18 +81,18 @@ class Service:
 
     def __init__(self, model: TrainedModel, limits: Limits, threads: Threads | None = None) -> None:
         self.model, self.limits = model, limits
-        self._threads = threads or Threads()
+        self._threads = threads or Threads(limits)
         work = partial(run_jobs, model.module)
         self._merger = Merger(work, MERGED_ROWS, self._threads.sampler)
 
-    async def read(self, reader: Reader, body: Body) -> Task:
+    async def read(self, reader: Reader, sent: Sent) -> Task:
         """Decode and check a request, off the event loop.
 
         Parameters
         ----------
         reader : callable
             One of `rayvaec.serve.requests`.
-        body : Body
+        sent : Sent
             What was sent.
 
         Returns
@@ -93,7 +105,11 @@ class Service:
             If the request is refused.
         """
         loop = asyncio.get_running_loop()
-        read = partial(reader, body, self.model, self.limits)
+
+        def read() -> Task:
+            body = unpack(sent, self.model.registry, self.limits, self._threads.sandbox)
+            return reader(body, self.model, self.limits)
+
         return await loop.run_in_executor(self._threads.readers, read)
 
     async def arrow(self, task: Task) -> AsyncIterator[bytes]:
@@ -132,6 +148,26 @@ class Service:
 
         def encode() -> bytes:
             return json.dumps({**task.facts, **task.as_json(results)}, allow_nan=False).encode()
+
+        return await asyncio.get_running_loop().run_in_executor(self._threads.readers, encode)
+
+    async def h5ad(self, task: Task) -> bytes:
+        """Return an answer as an h5ad file.
+
+        Parameters
+        ----------
+        task : Task
+            The request's work.
+
+        Returns
+        -------
+        bytes
+        """
+        results = [result async for result in self._results(task, lambda result: result)]
+
+        def encode() -> bytes:
+            matrices = task.as_matrices(results)
+            return write_h5ad(task.about, self.model.registry, matrices.layers, matrices.obsm)
 
         return await asyncio.get_running_loop().run_in_executor(self._threads.readers, encode)
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from rayvaec.infer.posterior import Cells
 from rayvaec.kernels.nb_sample import Draws
+from rayvaec.serve.h5ad.writing import Annotation
 from rayvaec.serve.wire import (
     DrawnRows,
     dense_schema,
@@ -42,6 +43,22 @@ class Block:
     columns: Mapping[str, NDArray[Any]]
 
 
+@dataclass(frozen=True)
+class Matrices:
+    """Matrices of an h5ad answer, one row per cell.
+
+    Parameters
+    ----------
+    layers : mapping
+        Cells x genes, sparse or dense, by name.
+    obsm : mapping
+        Cells x latent dimensions, by name.
+    """
+
+    layers: Mapping[str, Any]
+    obsm: Mapping[str, Any]
+
+
 class Task(Protocol):
     """Checked work of one request."""
 
@@ -51,8 +68,8 @@ class Task(Protocol):
         ...
 
     @property
-    def n_json_values(self) -> int:
-        """Numbers in a dense JSON answer; 0 for draws, which are bounded by their cost."""
+    def n_values(self) -> int:
+        """Numbers in a dense answer; 0 for draws, which are bounded by their cost."""
         ...
 
     def jobs(self, then: Callable[[Any], Any]) -> Iterator[Job]:
@@ -69,6 +86,15 @@ class Task(Protocol):
 
     def as_json(self, results: Sequence[Any]) -> dict[str, Any]:
         """Return what a JSON answer holds beside the facts."""
+        ...
+
+    @property
+    def about(self) -> Annotation:
+        """What the rows and columns of an answer are."""
+        ...
+
+    def as_matrices(self, results: Sequence[Any]) -> Matrices:
+        """Return what an h5ad answer holds."""
         ...
 
 
@@ -90,6 +116,8 @@ class Drawing:
         The model's number of genes.
     columns : array[n_out] of int64, optional
         Genes that the answer holds, in its order; all by default.
+    names : sequence of str, optional
+        Of the cells.
     """
 
     kind: Literal["draw", "generate"]
@@ -99,6 +127,7 @@ class Drawing:
     seed: int
     n_genes: int
     columns: NDArray[np.int64] | None
+    names: Sequence[str | None] | None
 
     @property
     def n_out(self) -> int:
@@ -132,7 +161,7 @@ class DrawTask:
 
     drawing: Drawing
     facts: Mapping[str, Any]
-    n_json_values: int = 0
+    n_values: int = 0
 
     def jobs(self, then: Callable[[DrawnRows], Any]) -> Iterator[Job]:
         """Yield the jobs; their results are `DrawnRows`."""
@@ -164,95 +193,35 @@ class DrawTask:
             }
         }
 
+    @property
+    def about(self) -> Annotation:
+        """What the rows and columns of an answer are."""
+        ask = self.drawing
+        return Annotation(ask.cells, ask.names, ask.columns, self.facts)
+
+    def as_matrices(self, results: Sequence[DrawnRows]) -> Matrices:
+        """Return a sparse layer for each draw."""
+        from scipy import sparse
+
+        ask = self.drawing
+        lengths = np.concatenate([np.diff(rows.indptr) for rows in results])
+        every = sparse.csr_matrix(
+            (
+                np.concatenate([rows.counts for rows in results]),
+                np.concatenate([rows.indices for rows in results]),
+                np.concatenate([[0], np.cumsum(lengths)]),
+            ),
+            shape=(len(ask.cells) * ask.n_samples, ask.n_out),
+        )
+        layers = {f"sample_{i}": every[i :: ask.n_samples] for i in range(ask.n_samples)}
+        return Matrices(layers, {})
+
     def _rows(self, draws: Draws, start: int, stop: int, first: int, last: int) -> DrawnRows:
         cells = np.repeat(np.arange(start, stop, dtype=np.int32), last - first)
         samples = np.tile(np.arange(first, last, dtype=np.int32), stop - start)
         if self.drawing.columns is not None:
             draws = select_genes(draws, self.drawing.columns, self.drawing.n_genes)
         return DrawnRows(cells, samples, draws.indptr, draws.indices, draws.counts)
-
-
-@dataclass(frozen=True)
-class MomentsTask:
-    """Moments over draws that are not kept.
-
-    Parameters
-    ----------
-    drawing : Drawing
-        Which draws.
-    reduce : tuple of str
-        ``mean``, ``var`` (divided by n_samples, as in `numpy.var`), ``zero_fraction``.
-    facts : mapping
-        What the answer says beside its rows.
-    """
-
-    drawing: Drawing
-    reduce: tuple[str, ...]
-    facts: Mapping[str, Any]
-
-    @property
-    def n_json_values(self) -> int:
-        """Numbers in a JSON answer."""
-        return len(self.drawing.cells) * self.drawing.n_out * len(self.reduce)
-
-    def jobs(self, then: Callable[[Block | None], Any]) -> Iterator[Job]:
-        """Yield the jobs; the last of some cells gives their `Block`, the others None."""
-        ask = self.drawing
-        sums: _Sums | None = None
-        for start, stop, first, last in windows(len(ask.cells), ask.n_samples, ask.n_genes):
-            if sums is None or sums.start != start:
-                sums = _Sums(start, stop, ask)
-
-            def finish(draws: Draws, sums: _Sums = sums, n: int = last - first) -> Any:
-                return then(sums.add(draws, n, self.reduce))
-
-            yield ask.job(start, stop, first, last, finish)
-
-    def schema(self) -> pa.Schema:
-        """Return the schema of the Arrow answer."""
-        widths = dict.fromkeys(self.reduce, self.drawing.n_out)
-        return dense_schema(widths, {**self.facts, "rows": len(self.drawing.cells)})
-
-    def encode(self, result: Block | None) -> list[bytes]:
-        """Write rows as pieces of the Arrow answer."""
-        if result is None:
-            return []
-        return encode_dense(self.schema(), result.first_cell, result.columns)
-
-    def as_json(self, results: Sequence[Block | None]) -> dict[str, Any]:
-        """Return a matrix for each moment."""
-        return {"moments": _joined(self.reduce, results)}
-
-
-class _Sums:
-    """Running sums over the draws of some cells; exact, so their order does not matter."""
-
-    def __init__(self, start: int, stop: int, drawing: Drawing) -> None:
-        self.start = start
-        self._drawing, self._n_cells, self._seen = drawing, stop - start, 0
-        shape = (self._n_cells, drawing.n_genes)
-        self._total, self._square, self._positive = (np.zeros(shape) for _ in range(3))
-
-    def add(self, draws: Draws, n_samples: int, reduce: Sequence[str]) -> Block | None:
-        """Take in `n_samples` more draws of each cell; return the moments after the last."""
-        cell = np.repeat(np.arange(len(draws.indptr) - 1) // n_samples, np.diff(draws.indptr))
-        place = cell * self._total.shape[1] + draws.indices
-        counts, size = draws.counts.astype(np.float64), self._total.size
-        self._total.ravel()[:] += np.bincount(place, counts, size)
-        self._square.ravel()[:] += np.bincount(place, counts**2, size)
-        self._positive.ravel()[:] += np.bincount(place, minlength=size)
-        self._seen += n_samples
-        if self._seen < self._drawing.n_samples:
-            return None
-        mean = self._total / self._seen
-        moments = {
-            "mean": mean,
-            "var": np.maximum(self._square / self._seen - mean**2, 0.0),
-            "zero_fraction": 1.0 - self._positive / self._seen,
-        }
-        columns = slice(None) if self._drawing.columns is None else self._drawing.columns
-        chosen = {name: moments[name][:, columns].astype(np.float32) for name in reduce}
-        return Block(self.start, chosen)
 
 
 @dataclass(frozen=True)
@@ -271,6 +240,8 @@ class DenseTask:
         Name and width of each column of the answer.
     columns : array[n_out] of int64, optional
         Genes that the answer holds, in its order.
+    names : sequence of str, optional
+        Of the cells.
     facts : mapping
         What the answer says beside its rows.
     """
@@ -280,10 +251,11 @@ class DenseTask:
     n_genes: int
     widths: Mapping[str, int]
     columns: NDArray[np.int64] | None
+    names: Sequence[str | None] | None
     facts: Mapping[str, Any]
 
     @property
-    def n_json_values(self) -> int:
+    def n_values(self) -> int:
         """Numbers in a JSON answer."""
         return len(self.cells) * sum(self.widths.values())
 
@@ -307,7 +279,19 @@ class DenseTask:
 
     def as_json(self, results: Sequence[Block]) -> dict[str, Any]:
         """Return a matrix for each column."""
-        return _joined(tuple(self.widths), results)
+        return {name: m.tolist() for name, m in joined(tuple(self.widths), results).items()}
+
+    @property
+    def about(self) -> Annotation:
+        """What the rows and columns of an answer are."""
+        return Annotation(self.cells, self.names, self.columns, self.facts)
+
+    def as_matrices(self, results: Sequence[Block]) -> Matrices:
+        """Return the matrices as `rayvaec embed` and `rayvaec expression` name them."""
+        matrices = joined(tuple(self.widths), results)
+        if self.kind == "expression":
+            return Matrices(matrices, {})
+        return Matrices({}, {"X_rayvaec": matrices["mean"], "X_rayvaec_var": matrices["variance"]})
 
 
 def select_genes(draws: Draws, columns: NDArray[np.int64], n_genes: int) -> Draws:
@@ -337,8 +321,7 @@ def select_genes(draws: Draws, columns: NDArray[np.int64], n_genes: int) -> Draw
     return Draws(ends.astype(np.int64), moved[order], draws.counts[order])
 
 
-def _joined(names: Sequence[str], results: Sequence[Block | None]) -> dict[str, Any]:
+def joined(names: Sequence[str], results: Sequence[Block | None]) -> dict[str, NDArray[np.float32]]:
+    """Return the matrix of each name, from the blocks of all rows in order."""
     blocks = [result for result in results if result is not None]
-    return {
-        name: np.concatenate([block.columns[name] for block in blocks]).tolist() for name in names
-    }
+    return {name: np.concatenate([block.columns[name] for block in blocks]) for name in names}

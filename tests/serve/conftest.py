@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,14 +63,18 @@ def adata(atlas_h5ad: Path) -> anndata.AnnData:
 
 
 @pytest.fixture(scope="session")
-def serve_with(trained: TrainedModel) -> Callable[..., Http]:
+def serve_with(trained: TrainedModel) -> Iterator[Callable[..., Http]]:
     """Build an application with limits, token and the like of its own."""
+    built: list[Service] = []
 
     def build(token_digest: str | None = None, **limits: Any) -> Http:
         bounds = Limits(**limits)
-        return Http(create_app({"model": Service(trained, bounds)}, bounds, token_digest))
+        built.append(Service(trained, bounds))
+        return Http(create_app({"model": built[-1]}, bounds, token_digest))
 
-    return build
+    yield build
+    for service in built:
+        service.close()
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,7 @@ def http_of(trained: TrainedModel, other: TrainedModel, http: Any) -> Callable[.
     """Build an application of the two models, under the names given."""
 
     def build(*names: str) -> Any:
-        limits, threads = Limits(max_requests=3), Threads()
+        limits, threads = Limits(max_requests=3), Threads(Limits())
         models = dict(zip(names, (trained, other), strict=False))
         services = {name: Service(model, limits, threads) for name, model in models.items()}
         return type(http)(create_app(services, limits))

@@ -33,12 +33,13 @@ from rayvaec.serve.wire.cells import (
     read_table,
     text_column,
 )
-from rayvaec.serve.wire.common import ARROW, END_OF_STREAM, JSON, METADATA_KEY, stream_start
+from rayvaec.serve.wire.common import ARROW, END_OF_STREAM, H5AD, JSON, METADATA_KEY, stream_start
 from rayvaec.serve.wire.stream import AnswerStream
 
 __all__ = [
     "ARROW",
     "END_OF_STREAM",
+    "H5AD",
     "JSON",
     "METADATA_KEY",
     "AnswerStream",

@@ -6,6 +6,7 @@ import pyarrow as pa
 
 JSON = "application/json"
 ARROW = "application/vnd.apache.arrow.stream"
+H5AD = "application/x-hdf5"
 METADATA_KEY = b"rayvaec"
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 

@@ -1,0 +1,112 @@
+"""The process behind `sandbox`: ``python -m rayvaec.serve.h5ad.worker MAX_BYTES``.
+
+Takes files on standard input and gives back Arrow streams or refusals on standard output.
+"""
+
+from __future__ import annotations
+
+import encodings.ascii
+import encodings.latin_1  # noqa: F401 - both are opened when first used, which is too late here
+import io
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import h5py
+import numpy as np
+
+from rayvaec.errors import RequestError
+from rayvaec.serve.h5ad.reading import Columns, read_cells
+from rayvaec.serve.h5ad.sandbox import receive, send
+from rayvaec.serve.wire import encode_cells
+from rayvaec.serve.wire.common import first_line
+
+_MEMORY_FACTOR = 8
+"""Of what a file may take decompressed: the body, what is read, and its copies as Arrow."""
+
+
+def main() -> None:
+    """Answer requests until standard input ends."""
+    max_bytes = int(sys.argv[1])
+    # Whatever else is written to standard output does not belong between the answers.
+    source, target = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+    request = {"columns": {"labels_key": "label"}, "parameters": {}}
+    _answer(request, _smallest_file(), max_bytes)  # imports what reading imports
+    _confine(max_bytes)
+    serve(source, target, max_bytes)
+
+
+def serve(source: BinaryIO, target: BinaryIO, max_bytes: int) -> None:
+    """Answer one request after the other.
+
+    Parameters
+    ----------
+    source, target : binary files
+        Where requests come from and answers go.
+    max_bytes : int
+        Most memory that what is read of a file may take.
+    """
+    while (request := receive(source)) is not None:
+        send(target, *_answer(*request, max_bytes))
+
+
+def _answer(request: dict[str, Any], body: bytes, max_bytes: int) -> tuple[dict[str, Any], bytes]:
+    try:
+        cells, genes = read_cells(body, Columns(**request["columns"]), max_bytes)
+        stream = encode_cells(cells, {**request["parameters"], "genes": genes})
+    except RequestError as error:
+        refused = error
+    except MemoryError:
+        refused = _too_large(max_bytes)
+    except Exception as error:  # a stranger's file may break anything within h5py
+        memory = "alloc" in str(error)
+        refused = _too_large(max_bytes) if memory else _damaged(first_line(error))
+    else:
+        return {}, stream
+    return {"refused": refused.args[:4]}, b""
+
+
+def _too_large(max_bytes: int) -> RequestError:
+    return RequestError(
+        f"the file takes more memory than {max_bytes:,} bytes decompressed",
+        "send fewer cells a request",
+        *(413, "body_too_large"),
+    )
+
+
+def _damaged(words: str) -> RequestError:
+    return RequestError(
+        f"the body is no readable HDF5 file ({words})",
+        "send an h5ad file as anndata writes it",
+        *(400, "undecodable"),
+    )
+
+
+def _smallest_file() -> bytes:
+    file = io.BytesIO()
+    with h5py.File(file, "w") as h5:
+        for frame in ("obs", "var"):
+            h5.create_group(frame).attrs["_index"] = "_index"
+            h5[frame]["_index"] = ["a"]
+        h5["obs"]["label"] = ["x"]
+        h5["X"] = np.ones((1, 1), np.int32)
+    return file.getvalue()
+
+
+def _confine(max_bytes: int) -> None:
+    """Give up memory beyond what is needed, and every way to open or write a file."""
+    status = Path("/proc/self/status").read_text()
+    used = int(status.partition("VmData:")[2].split()[0]) * 1024
+    most = used + _MEMORY_FACTOR * max_bytes
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    # Open files stay open and no other can be: whatever HDF5 knows of pointing elsewhere, ends.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+
+
+if __name__ == "__main__":
+    main()
