@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rayvaec.errors import RayvaecError
+from rayvaec.files import FULL_DISK
 from rayvaec.infer.ledger import Ledger
 from rayvaec.progress import Progress
 
@@ -142,6 +143,8 @@ def explained(error: Exception, kept: Path) -> Exception:
         return cause
     if isinstance(cause, RayActorError):
         return RayvaecError(f"a worker died more than {RESTARTS} times ({cause})", again)
-    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+    # numpy's own error of a short write has no number.
+    short = re.search(r"\d+ requested and \d+ written", str(cause))
+    if isinstance(cause, OSError) and (cause.errno in FULL_DISK or short):
         return RayvaecError(f"no space is left for the output ({cause})", f"free some; {again}")
     return RayvaecError(f"bulk work failed: {type(cause).__name__}: {cause}", again)

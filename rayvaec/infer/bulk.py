@@ -1,4 +1,4 @@
-"""A trained model over a whole store, as Ray tasks, into an AnnData in Zarr.
+"""A trained model over a whole store, as Ray tasks, into an AnnData in Zarr or a table.
 
 Cells keep the store's order and names. The work is cut into regions; a finished region is recorded
 beside the output, a worker that dies is started again, and a command that was stopped goes on where
@@ -7,43 +7,26 @@ it was when it is given again. What comes out does not depend on any of that.
 
 from __future__ import annotations
 
-import logging
-import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import zarr
-
-import rayvaec
-from rayvaec.data.names import listing
-from rayvaec.data.obs_keys import ObsKeys
-from rayvaec.data.store import Store, open_store
+from rayvaec.data.store import Store
 from rayvaec.errors import ConfigError
-from rayvaec.files import check_free
-from rayvaec.infer.actors import actors, explained, run_stage
-from rayvaec.infer.ledger import Ledger
-from rayvaec.infer.output import array_at, create_layer, create_output, shards_of
+from rayvaec.infer.bulk_run import open_job
+from rayvaec.infer.contrasts import Contrast, contrasts, too_small
+from rayvaec.infer.differential import Comparison
 from rayvaec.infer.posterior import check_draws
 from rayvaec.infer.quantities import (
     Draws,
     Elbo,
     Expression,
     Latent,
+    MarginalLL,
     Moments,
-    Quantity,
     check_reductions,
 )
-from rayvaec.infer.regions import RegionWorker, Work
-from rayvaec.infer.store_cells import StoreCells
-from rayvaec.infer.trained import TrainedModel, load_model
-from rayvaec.location import location
-from rayvaec.runtime import check_cpus, check_gpus, check_job_paths, check_seen, ray_session
-
-logger = logging.getLogger("rayvaec")
-
-REGION_BYTES = 64 * 2**20
-MIN_REGION, MAX_REGION = 64, 16384
+from rayvaec.infer.reductions import DifferentialExpression, LabelMeans, VampPrior
+from rayvaec.infer.vamp import check_clusters
 
 
 def sample_store(
@@ -94,8 +77,8 @@ def sample_store(
     """
     check_draws(n_samples, seed)
     check_reductions(reduce)
-    quantity = Moments(n_samples, seed, reduce) if reduce else Draws(n_samples, seed)
-    _run(quantity, model_path, store_path, out, num_workers, use_gpu, overwrite)
+    job = open_job(model_path, store_path, out, num_workers, use_gpu, overwrite)
+    job.run(Moments(n_samples, seed, reduce) if reduce else Draws(n_samples, seed))
 
 
 def embed_store(
@@ -112,7 +95,7 @@ def embed_store(
     Parameters and errors as in `sample_store`; the output has ``obsm["X_rayvaec"]`` and
     ``obsm["X_rayvaec_var"]``, [n_cells, n_latent], float32.
     """
-    _run(Latent(), model_path, store_path, out, num_workers, use_gpu, overwrite)
+    open_job(model_path, store_path, out, num_workers, use_gpu, overwrite).run(Latent())
 
 
 def expression_store(
@@ -120,16 +103,19 @@ def expression_store(
     store_path: str | Path,
     out: str | Path,
     *,
+    by_label: bool = False,
     num_workers: int = 1,
     use_gpu: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Write every cell's denoised expression.
+    """Write every cell's denoised expression, or each label's.
 
     Parameters and errors as in `sample_store`; the output has ``layers["expression"]``, [n_cells,
-    n_genes], float32, whose rows sum to 1.
+    n_genes], float32, whose rows sum to 1. With `by_label` it has a row a label of the store
+    instead, the mean over its cells, in ``X``, and their number in ``obs["n_cells"]``.
     """
-    _run(Expression(), model_path, store_path, out, num_workers, use_gpu, overwrite)
+    job = open_job(model_path, store_path, out, num_workers, use_gpu, overwrite)
+    job.run(LabelMeans(job.store.registry.n_labels) if by_label else Expression())
 
 
 def elbo_store(
@@ -142,137 +128,130 @@ def elbo_store(
     use_gpu: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Write every cell's evidence lower bound.
+    """Write every cell's evidence lower bound and reconstruction error.
 
-    Parameters and errors as in `sample_store`; the output has ``obs["elbo"]``, in nats.
+    Parameters and errors as in `sample_store`; the output has ``obs["elbo"]`` and
+    ``obs["reconstruction_error"]``, in nats, from the same draw of z.
     """
     check_draws(1, seed)
-    _run(Elbo(seed), model_path, store_path, out, num_workers, use_gpu, overwrite)
+    open_job(model_path, store_path, out, num_workers, use_gpu, overwrite).run(Elbo(seed))
 
 
-def _run(
-    quantity: Quantity | Draws,
+def marginal_ll_store(
     model_path: str | Path,
     store_path: str | Path,
     out: str | Path,
-    num_workers: int,
-    use_gpu: bool,
-    overwrite: bool,
+    *,
+    n_mc_samples: int = 1000,
+    seed: int = 0,
+    num_workers: int = 1,
+    use_gpu: bool = False,
+    overwrite: bool = False,
 ) -> None:
-    if num_workers < 1:
-        raise ConfigError(f"num_workers={num_workers} does nothing", "give a whole number >= 1")
-    where, out = location(store_path), Path(out)
-    check_job_paths([Path(model_path), out], [where])
-    check_free(out, overwrite)
-    model = load_model(model_path)
-    # Of its own stores rayvaec knows the columns; of others, those that the model was trained on.
-    keys = ObsKeys(model.registry.labels_key, model.registry.batch_key)
-    store = open_store(where, keys).as_stored()
-    cells = StoreCells(store, model.registry)
-    if cells.extra_genes:
-        logger.info(
-            "%d genes of the store are not in the model and are left out: %s",
-            *(len(cells.extra_genes), listing(cells.extra_genes)),
+    """Write every cell's marginal log-likelihood, estimated from `n_mc_samples` draws of z.
+
+    Parameters and errors as in `sample_store`; the output has ``obs["marginal_ll"]``, in nats.
+    """
+    check_draws(n_mc_samples, seed)
+    job = open_job(model_path, store_path, out, num_workers, use_gpu, overwrite)
+    job.run(MarginalLL(n_mc_samples, seed))
+
+
+def vamp_prior_store(
+    model_path: str | Path,
+    store_path: str | Path,
+    out: str | Path,
+    *,
+    p: int = 10,
+    seed: int = 0,
+    num_workers: int = 1,
+    use_gpu: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Write the empirical prior of every label: `p` clusters of its cells.
+
+    Parameters and errors as in `sample_store`; the output is an npz file of what
+    `TrainedModel.get_vamp_prior` returns, and ``labels``.
+    """
+    check_clusters(p, seed)
+    job = open_job(model_path, store_path, out, num_workers, use_gpu, overwrite)
+    if job.model.module.config.prior == "mog":
+        raise ConfigError(
+            "the model has learned a mixture prior, which DestVI takes instead of an empirical one",
+            "use `rayvaec export`, which takes it along",
         )
-    with ray_session():
-        who = f"{num_workers} worker{'s' * (num_workers > 1)}"
-        check_cpus(num_workers, who)
-        check_gpus(num_workers * use_gpu, who)
-        check_seen([Path(model_path), where], [out])
-        region = _region_rows(quantity, model, store)
-        ledger = _begin(quantity, model, store, out.absolute(), region, use_gpu)
-        work = Work(
-            *(
-                os.path.abspath(model_path),
-                store.share(ledger.folder),
-                model.hash,
-                store.hash,
-                quantity,
-            ),
-            *(str(ledger.output), str(ledger.parts), region, _device(use_gpu)),
+    job.run(VampPrior(p, seed))
+
+
+def differential_expression_store(
+    model_path: str | Path,
+    store_path: str | Path,
+    out: str | Path,
+    *,
+    how: Comparison | None = None,
+    groupby: str | None = None,
+    group1: str | Sequence[str] | None = None,
+    group2: str | None = None,
+    num_workers: int = 1,
+    use_gpu: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Compare the genes of groups of a store's cells.
+
+    Parameters
+    ----------
+    model_path, store_path, num_workers, use_gpu, overwrite
+        As in `sample_store`.
+    out : str or Path
+        CSV file to write: the table of `TrainedModel.differential_expression`.
+    how : Comparison, optional
+        Options of the comparison.
+    groupby : str, optional
+        The store's column of labels, which is the default, or of batches.
+    group1, group2 : str, optional
+        Groups to compare: each of `group1` (all by default) with `group2` (all other cells).
+
+    Raises
+    ------
+    ConfigError
+        If a column or group is unknown (valid ones are listed), or as in `sample_store`.
+    CountsError
+        If a group has fewer than two cells.
+    StoreError, ModelError, RayvaecError
+        As in `sample_store`.
+    """
+    job = open_job(model_path, store_path, out, num_workers, use_gpu, overwrite)
+    registry = job.store.registry
+    key = groupby or registry.labels_key
+    columns = {registry.labels_key: registry.labels}
+    if registry.batch_key is not None:
+        columns[registry.batch_key] = registry.batches
+    if key not in columns:
+        raise ConfigError(
+            f"the store has no column {key!r} of groups", f"choose from {', '.join(columns)}"
         )
-        try:
-            with actors(RegionWorker, work, num_workers, use_gpu) as workers:
-                _fill(workers, work, ledger, store.n_cells, model.registry.n_genes)
-        except Exception as error:
-            raise explained(error, ledger.folder) from error
-        ledger.publish()
-
-
-def _begin(
-    quantity: Quantity | Draws,
-    model: TrainedModel,
-    store: Store,
-    out: Path,
-    region: int,
-    use_gpu: bool,
-) -> Ledger:
-    """Open the folder of unfinished work; create the output in it unless it is there."""
-    options = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in vars(quantity).items()
-    }
-    plan = {
-        "quantity": type(quantity).__name__.lower(),
-        **options,
-        "model": model.hash,
-        "store": store.hash,
-        "rayvaec_version": rayvaec.__version__,
-        "device": _device(use_gpu),
-        "region": region,
-    }
-    ledger = Ledger(out, plan)
-    if not ledger.goes_on:
-        widths = {} if isinstance(quantity, Draws) else quantity.widths(model.module)
-        create_output(
-            *(ledger.output, store.registry, model.registry.genes, widths, store.n_cells, region),
-            plan,
+    names = columns[key]
+    wanted = contrasts(key, names, group1, group2)
+    if key == registry.labels_key:
+        _check_sizes(job.store, wanted)
+    if group2 is not None:  # the others need not be looked at
+        compared = {group2, *(names[contrast.one] for contrast in wanted)}
+        names = tuple(name for name in names if name in compared)
+    group1 = [columns[key][contrast.one] for contrast in wanted]
+    job.run(
+        DifferentialExpression(
+            by_batch=key == registry.batch_key,
+            groups=tuple(columns[key].index(name) for name in names),
+            names=names,
+            contrasts=tuple(contrasts(key, names, group1, group2)),
+            how=how or Comparison(),
         )
-        ledger.begin()
-    return ledger
+    )
 
 
-def _device(use_gpu: bool) -> str:
-    return "cuda" if use_gpu else "cpu"
-
-
-def _region_rows(quantity: Quantity | Draws, model: TrainedModel, store: Store) -> int:
-    """Return how many cells' results take about REGION_BYTES, as a power of two."""
-    if isinstance(quantity, Draws):
-        nnz = store.manifest.nnz / max(store.n_cells, 1)
-        a_cell = quantity.n_samples * nnz * 16  # an index and a count, as drawn and as kept
-    else:
-        a_cell = sum(width.nbytes for width in quantity.widths(model.module).values())
-    rows = 2 ** int(np.log2(max(REGION_BYTES / max(a_cell, 1), 1)))
-    return int(np.clip(rows, MIN_REGION, MAX_REGION))
-
-
-def _fill(workers: list[Any], work: Work, ledger: Ledger, n_cells: int, n_genes: int) -> None:
-    starts = range(0, n_cells, work.region)
-    calls = {number: ("region", (number,)) for number in range(len(starts))}
-    sizes = {number: min(work.region, n_cells - start) for number, start in enumerate(starts)}
-    records = run_stage(workers, ledger, "regions", calls, sizes, "cells")
-    if not isinstance(work.quantity, Draws):
-        return
-    nnz = np.array([records[number]["nnz"] for number in calls], np.int64)
-    root = zarr.open_group(work.output, mode="r+", use_consolidated=False)
-    if not ledger.finished("layers", [0]):
-        for sample, values in enumerate(nnz.sum(axis=0).tolist()):
-            create_layer(root, f"sample_{sample}", n_cells, n_genes, values, work.region)
-        ledger.finish("layers", 0, {})
-    _assemble(workers, ledger, root, nnz)
-
-
-def _assemble(workers: list[Any], ledger: Ledger, root: zarr.Group, nnz: np.ndarray) -> None:
-    """Move what was drawn from the regions' parts to the layers' files."""
-    import ray
-
-    reference = ray.put(nnz)
-    calls: dict[int, tuple[str, tuple[Any, ...]]] = {}
-    sizes: dict[int, int] = {}
-    for sample in range(nnz.shape[1]):
-        for method, key in (("values", "data"), ("pointers", "indptr")):
-            for span in shards_of(array_at(root, f"layers/sample_{sample}/{key}")):
-                calls[len(calls)] = (method, (sample, span, reference))
-                sizes[len(sizes)] = span[1] - span[0] if method == "values" else 0
-    run_stage(workers, ledger, "files", calls, sizes, "values")
+def _check_sizes(store: Store, wanted: Sequence[Contrast]) -> None:
+    """Refuse labels of fewer than two cells before anything is computed."""
+    for label in (side for contrast in wanted for side in contrast if side is not None):
+        n_cells = store.manifest.cells_per_label[label]
+        if n_cells < 2:
+            raise too_small(store.registry.labels[label], n_cells)

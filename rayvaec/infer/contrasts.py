@@ -142,8 +142,13 @@ def check_size(name: str, population: Populations) -> None:
     """Refuse a population of fewer than two cells, with a `CountsError` that names it."""
     n_cells = int(population.n_cells[0])
     if n_cells < 2:
-        raise CountsError(
-            f"group {name!r} has {n_cells} cell{'' if n_cells == 1 else 's'}, and a comparison "
-            "needs at least 2",
-            "compare other groups",
-        )
+        raise too_small(name, n_cells)
+
+
+def too_small(name: str, n_cells: int) -> CountsError:
+    """Return the error that says that a group has too few cells to be compared."""
+    return CountsError(
+        f"group {name!r} has {n_cells} cell{'' if n_cells == 1 else 's'}, and a comparison needs "
+        "at least 2",
+        "compare other groups",
+    )

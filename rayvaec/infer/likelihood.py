@@ -63,7 +63,7 @@ def _log_weights(
     module: VAEC, block: Block, keys: NDArray[np.uint64], n_samples: int, seed: int
 ) -> Iterator[Tensor]:
     """Yield log p(x | z) p(z) / q(z | x), float64 Tensor[some samples, BLOCK_ROWS] at a time."""
-    qz = module.encode(block.x, block.y, block.batch_index)
+    qz = block.qz
     device, n_latent = qz.loc.device, module.config.n_latent
     keys = np.tile(np.pad(keys, (0, BLOCK_ROWS - len(keys))), STACKED)
     x, y = _stacked(block.x), block.y.repeat(STACKED, 1)

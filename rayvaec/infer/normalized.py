@@ -97,7 +97,7 @@ def positions(
     ------
     Tensor[BLOCK_ROWS, n_latent]
     """
-    qz = module.encode(block.x, block.y, block.batch_index)
+    qz = block.qz
     if not wanted.n_samples:
         yield qz.loc
     for sample in range(wanted.n_samples):

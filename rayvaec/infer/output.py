@@ -158,6 +158,35 @@ def write_obs(
         array_at(root, f"obs/{registry.batch_key}/codes")[rows] = batches
 
 
+def write_means(
+    folder: Path,
+    rows: Sequence[str],
+    genes: Sequence[str],
+    n_cells: NDArray[np.int64],
+    mean: NDArray[np.float32],
+) -> None:
+    """Write an AnnData of averages.
+
+    Parameters
+    ----------
+    folder : Path
+        Where to create it; must not exist.
+    rows, genes : sequence of str
+        What the averages are of.
+    n_cells : array[n_rows] of int64
+        Cells behind each row, kept in obs.
+    mean : array[n_rows, n_genes] of float32
+        X.
+    """
+    root = create_anndata(str(folder))
+    root.create_array("X", data=mean, attributes=_VECTOR)
+    write_frame(root, "obs", rows, {})
+    obs = cast(zarr.Group, root["obs"])
+    obs.create_array("n_cells", data=n_cells, attributes=_VECTOR)
+    obs.attrs["column-order"] = ["n_cells"]
+    write_frame(root, "var", genes, {})
+
+
 def create_layer(
     root: zarr.Group, name: str, n_cells: int, n_genes: int, nnz: int, region: int
 ) -> None:

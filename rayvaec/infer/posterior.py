@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributions import Normal
 
 from rayvaec.errors import ConfigError
 from rayvaec.kernels.csr import CsrCounts
 from rayvaec.kernels.keys import normal_noise
 from rayvaec.kernels.nb_sample import Draws
-from rayvaec.model.draws import BLOCK_ROWS, draw_rows, padded
+from rayvaec.kernels.threads import run_all, thread_count
+from rayvaec.model.draws import BLOCK_ROWS, GROUP_BLOCKS, draw_rows, padded
 from rayvaec.model.vaec import VAEC
 
 ELBO_SAMPLE = 2**63
@@ -93,12 +96,15 @@ class Block:
         Raw counts of BLOCK_ROWS x n_input.
     y, batch_index : Tensor[BLOCK_ROWS, 1]
         Label and batch codes; batches None in models without.
+    qz : Normal
+        q(z | x, y), Tensor[BLOCK_ROWS, n_latent]; 0 and 0 in the padding.
     """
 
     rows: slice
     x: CsrCounts
     y: Tensor
     batch_index: Tensor | None
+    qz: Normal
 
     @property
     def n(self) -> int:
@@ -111,20 +117,60 @@ def _device(module: VAEC) -> torch.device:
 
 
 def blocks(module: VAEC, cells: Cells) -> Iterator[Block]:
-    """Cut cells into blocks of BLOCK_ROWS rows on the model's device."""
+    """Encode cells and cut them into blocks of BLOCK_ROWS rows on the model's device."""
+    loc, scale = encoded(module, cells)
     device = _device(module)
     for start in range(0, len(cells), BLOCK_ROWS):
         stop = min(start + BLOCK_ROWS, len(cells))
-        part = cells.part(start, stop)
+        part, rows = cells.part(start, stop), slice(start, stop)
         indptr = np.pad(part.indptr, (0, BLOCK_ROWS - len(part)), mode="edge")
-        x = CsrCounts.from_numpy(indptr, part.indices, part.counts, module.config.n_input)
         batch_index = None if part.batches is None else _codes(part.batches, device)
         yield Block(
-            slice(start, stop),
-            x,
+            rows,
+            CsrCounts.from_numpy(indptr, part.indices, part.counts, module.config.n_input),
             padded(_codes(part.labels, device)),
             None if batch_index is None else padded(batch_index),
+            Normal(padded(loc[rows]), padded(scale[rows]), validate_args=False),
         )
+
+
+@torch.no_grad()
+def encoded(module: VAEC, cells: Cells) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of q(z | x, y).
+
+    Many blocks are encoded at once, a thread each, in products of BLOCK_ROWS rows.
+
+    Parameters
+    ----------
+    module : VAEC
+        The model, in evaluation mode.
+    cells : Cells
+
+    Returns
+    -------
+    tuple of Tensor[n_cells, n_latent]
+        On the model's device.
+    """
+    device, n_cells = _device(module), len(cells)
+    loc = torch.empty(n_cells, module.config.n_latent, device=device)
+    scale = torch.empty_like(loc)
+
+    @torch.no_grad()  # a setting per thread
+    def encode(start: int, stop: int) -> None:
+        part = cells.part(start, stop)
+        qz = module.encode(
+            CsrCounts.from_numpy(part.indptr, part.indices, part.counts, module.config.n_input),
+            _codes(part.labels, device),
+            None if part.batches is None else _codes(part.batches, device),
+            rows_per_product=BLOCK_ROWS,
+        )
+        loc[start:stop], scale[start:stop] = qz.loc, qz.scale
+
+    n_blocks = -(-n_cells // BLOCK_ROWS)
+    height = max(1, min(GROUP_BLOCKS, n_blocks // thread_count())) * BLOCK_ROWS
+    starts = range(0, n_cells, height)
+    run_all([partial(encode, start, min(start + height, n_cells)) for start in starts])
+    return loc, scale
 
 
 def _codes(codes: NDArray[np.int64], device: torch.device) -> Tensor:
@@ -145,13 +191,8 @@ def latent(module: VAEC, cells: Cells) -> tuple[NDArray[np.float32], NDArray[np.
     -------
     tuple of NDArray[n_cells, n_latent]
     """
-    mean = np.empty((len(cells), module.config.n_latent), np.float32)
-    variance = np.empty_like(mean)
-    for block in blocks(module, cells):
-        qz = module.encode(block.x, block.y, block.batch_index)
-        mean[block.rows] = qz.loc[: block.n].cpu().numpy()
-        variance[block.rows] = qz.variance[: block.n].cpu().numpy()
-    return mean, variance
+    loc, scale = encoded(module, cells)
+    return loc.cpu().numpy(), (scale**2).cpu().numpy()
 
 
 @torch.no_grad()
@@ -170,8 +211,7 @@ def expression(module: VAEC, cells: Cells) -> NDArray[np.float32]:
     """
     result = np.empty((len(cells), module.config.n_input), np.float32)
     for block in blocks(module, cells):
-        qz = module.encode(block.x, block.y, block.batch_index)
-        decoded = shares(module, qz.loc, block.y, block.batch_index)
+        decoded = shares(module, block.qz.loc, block.y, block.batch_index)
         result[block.rows] = decoded[: block.n].cpu().numpy()
     return result
 
@@ -238,7 +278,7 @@ def bound_terms(
     keyed = normal_noise(seed, cells.keys, samples, module.n_noise * module.config.n_latent)
     every_noise = torch.from_numpy(keyed).view(len(cells), module.n_noise, -1)
     for block in blocks(module, cells):
-        qz = module.encode(block.x, block.y, block.batch_index)
+        qz = block.qz
         noise = padded(every_noise[block.rows]).to(qz.loc.device).transpose(0, 1)
         z = qz.loc + qz.scale * noise[0]
         factor = torch.ones_like(qz.loc[:, 0])

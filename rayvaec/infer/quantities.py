@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from rayvaec.compiled import compiled
 from rayvaec.errors import ConfigError
 from rayvaec.infer import posterior
+from rayvaec.infer.likelihood import marginal_ll
 from rayvaec.infer.posterior import Cells
 from rayvaec.kernels.nb_sample import Draws as DrawnRows
 from rayvaec.model.vaec import VAEC
@@ -81,7 +82,7 @@ class Expression:
 
 @dataclass(frozen=True)
 class Elbo:
-    """Evidence lower bound of every cell.
+    """Evidence lower bound and reconstruction error of every cell, from the same draw of z.
 
     Parameters
     ----------
@@ -92,12 +93,35 @@ class Elbo:
     seed: int = 0
 
     def widths(self, module: VAEC) -> dict[str, Width]:
-        """Return ``obs/elbo``, [n_cells]."""
-        return {"obs/elbo": Width((), "float64")}
+        """Return ``obs/elbo`` and ``obs/reconstruction_error``, [n_cells]."""
+        return dict.fromkeys(("obs/elbo", "obs/reconstruction_error"), Width((), "float64"))
 
     def values(self, module: VAEC, cells: Cells) -> dict[str, NDArray[Any]]:
-        """Return the bounds, in nats."""
-        return {"obs/elbo": posterior.elbo(module, cells, self.seed)}
+        """Return the bounds and errors, in nats."""
+        error, divergence = posterior.bound_terms(module, cells, self.seed)
+        return {"obs/elbo": -(error + divergence), "obs/reconstruction_error": error}
+
+
+@dataclass(frozen=True)
+class MarginalLL:
+    """Marginal log-likelihood of every cell.
+
+    Parameters
+    ----------
+    n_samples, seed : int
+        Draws of z a cell, and the seed of all of them.
+    """
+
+    n_samples: int
+    seed: int = 0
+
+    def widths(self, module: VAEC) -> dict[str, Width]:
+        """Return ``obs/marginal_ll``, [n_cells]."""
+        return {"obs/marginal_ll": Width((), "float64")}
+
+    def values(self, module: VAEC, cells: Cells) -> dict[str, NDArray[Any]]:
+        """Return the estimates, in nats."""
+        return {"obs/marginal_ll": marginal_ll(module, cells, self.n_samples, self.seed)}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from rayvaec.data.store import Store, open_store
 from rayvaec.errors import RayvaecError
 from rayvaec.infer.output import write_obs, write_pointers, write_values
 from rayvaec.infer.quantities import Draws, Quantity, draw_sample_major
+from rayvaec.infer.reductions import Reduction
 from rayvaec.infer.store_cells import StoreCells
 from rayvaec.infer.trained import TrainedModel, load_model
 
@@ -29,7 +30,7 @@ class Work:
         Absolute path; absolute path, URL or what `Store.share` returned.
     model_hash, store_hash : str
         What must lie there.
-    quantity : Quantity or Draws
+    quantity : Quantity, Draws or Reduction
         What to compute.
     output, parts : str
         Absolute paths of the AnnData to fill and of the folder for drawn parts.
@@ -43,7 +44,7 @@ class Work:
     store: str
     model_hash: str
     store_hash: str
-    quantity: Quantity | Draws
+    quantity: Quantity | Draws | Reduction
     output: str
     parts: str
     region: int
@@ -109,8 +110,12 @@ class RegionWorker:
         start = number * self._work.region
         stop = min(start + self._work.region, self._store.n_cells)
         rows, names, cells = self._cells.read(start, stop)
-        write_obs(self._root, self._store.registry, start, names, rows.labels, rows.batches)
         quantity = self._work.quantity
+        if isinstance(quantity, Reduction):
+            part = quantity.part(self._model.module, cells, rows)
+            np.savez_compressed(part_path(self._work.parts, number), allow_pickle=False, **part)
+            return {}
+        write_obs(self._root, self._store.registry, start, names, rows.labels, rows.batches)
         if not isinstance(quantity, Draws):
             for path, values in quantity.values(self._model.module, cells).items():
                 self._root[path][start:stop] = values  # type: ignore[index]
@@ -162,6 +167,11 @@ class RegionWorker:
         joined = np.concatenate([np.zeros(0, np.int32), *lengths])[: stop - start - 1]
         write_pointers(self._root, f"sample_{sample}", span, first, joined)
         return {}
+
+
+def part_path(parts: str | Path, region: int) -> Path:
+    """Return where a region's part of a reduction stands."""
+    return Path(parts) / f"{region}.npz"
 
 
 def _part(parts: str, region: int, name: str) -> Path:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
+from rayvaec.compiled import compiled
 from rayvaec.data.align import align_columns
 from rayvaec.data.names import choices, listing
 from rayvaec.data.registry import Registry, inverse
@@ -52,6 +54,7 @@ class StoreCells:
             )
         self.extra_genes = genes.extra
         self._columns = inverse(genes.columns, own.n_genes)
+        self._moves = not np.array_equal(self._columns, np.arange(self._n_genes))
         self._labels = _matched(own.labels, registry.labels, "label", store)
         self._batches = None
         if registry.batch_key is not None:
@@ -78,23 +81,38 @@ class StoreCells:
         """
         rows = self._store.read(start, stop)
         names = self._store.obs_names(start, stop)
-        x = csr_array(
-            (rows.counts.astype(np.int32), rows.indices.astype(np.int32), rows.indptr),
-            shape=(len(rows), len(self._columns)),
-        )
-        x = align_columns(x, self._columns, self._n_genes)
+        indptr, indices, counts = rows.indptr, rows.indices, rows.counts
+        if self._moves or not _is_canonical(indptr, indices, counts):
+            x = csr_array(
+                (counts.astype(np.int32), indices.astype(np.int32), indptr),
+                shape=(len(rows), len(self._columns)),
+            )
+            x = align_columns(x, self._columns, self._n_genes)
+            indptr, indices, counts = x.indptr.astype(np.int64), x.indices, x.data
         batches = None
         if self._batches is not None and rows.batches is not None:
             batches = self._batches[rows.batches]
         cells = Cells(
-            indptr=x.indptr.astype(np.int64),
-            indices=x.indices,
-            counts=x.data,
+            indptr=indptr,
+            indices=indices,
+            counts=counts,
             labels=self._labels[rows.labels],
             batches=batches,
             keys=cell_keys(names),
         )
         return rows, names, cells
+
+
+@compiled
+def _is_canonical(indptr: NDArray[Any], indices: NDArray[Any], counts: NDArray[Any]) -> bool:
+    """Whether the genes of every row ascend and no count is zero."""
+    for row in range(len(indptr) - 1):
+        for entry in range(indptr[row], indptr[row + 1]):
+            if counts[entry] == 0:
+                return False
+            if entry > indptr[row] and indices[entry] <= indices[entry - 1]:
+                return False
+    return True
 
 
 def _matched(

@@ -115,7 +115,12 @@ class FCLayers(nn.Module):
         return self._after_first_linear(a, covariates, product)
 
     def forward_csr(
-        self, x: CsrCounts, *categories: Tensor | None, log1p: bool, beside: Tensor | None = None
+        self,
+        x: CsrCounts,
+        *categories: Tensor | None,
+        log1p: bool,
+        beside: Tensor | None = None,
+        rows_per_product: int | None = None,
     ) -> Tensor:
         """Run the stack on sparse counts, without making them dense.
 
@@ -129,6 +134,8 @@ class FCLayers(nn.Module):
             Whether the stack reads log(1 + x).
         beside : Tensor[n_cells, n_in - n_genes], optional
             Further input, joined to the genes.
+        rows_per_product : int, optional
+            As in `forward`.
 
         Returns
         -------
@@ -138,8 +145,13 @@ class FCLayers(nn.Module):
         first = self._first
         dense_inputs = [part for part in (beside, covariates) if part is not None]
         joined = torch.cat(dense_inputs, dim=1) if dense_inputs else None
-        a = sparse_linear(x, first.weight, first.bias, log1p=log1p, beside=joined)
-        return self._after_first_linear(a, covariates, partial(_product, None))
+        if rows_per_product is None or joined is None:
+            a = sparse_linear(x, first.weight, first.bias, log1p=log1p, beside=joined)
+        else:
+            columns = first.weight[:, x.n_genes : x.n_genes + joined.shape[1]]
+            a = sparse_linear(x, first.weight, None, log1p=log1p)
+            a += _cut_product(rows_per_product, columns, first.bias, joined)
+        return self._after_first_linear(a, covariates, partial(_product, rows_per_product))
 
     def _after_first_linear(
         self, a: Tensor, covariates: Tensor | None, product: Callable[[nn.Linear, Tensor], Tensor]
@@ -182,11 +194,15 @@ def _product(rows_per_product: int | None, linear: nn.Linear, x: Tensor) -> Tens
     """Run a linear layer, in products of a given number of rows where one is given."""
     if rows_per_product is None:
         return linear(x)
+    return _cut_product(rows_per_product, linear.weight, linear.bias, x)
+
+
+def _cut_product(rows_per_product: int, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
     missing = -len(x) % rows_per_product
     padded = functional.pad(x, (0, 0, 0, missing)) if missing else x
-    out = padded.new_empty(len(padded), linear.out_features)
+    out = padded.new_empty(len(padded), len(weight))
     for part, into in zip(padded.split(rows_per_product), out.split(rows_per_product), strict=True):
-        torch.addmm(linear.bias, part, linear.weight.t(), out=into)
+        torch.addmm(bias, part, weight.t(), out=into)
     return out[: len(x)]
 
 
@@ -223,15 +239,24 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, *categories: Tensor | None) -> Normal:
         """Return q(z | x, y) for dense input, Tensor[n_cells, n_input]."""
-        return self._heads(self.encoder(x, *categories))
+        return self._heads(self.encoder(x, *categories), None)
 
     def forward_csr(
-        self, x: CsrCounts, *categories: Tensor | None, log1p: bool, beside: Tensor | None = None
+        self,
+        x: CsrCounts,
+        *categories: Tensor | None,
+        log1p: bool,
+        beside: Tensor | None = None,
+        rows_per_product: int | None = None,
     ) -> Normal:
         """Return q(z | x, y) for sparse raw counts; arguments as in `FCLayers.forward_csr`."""
-        return self._heads(self.encoder.forward_csr(x, *categories, log1p=log1p, beside=beside))
+        hidden = self.encoder.forward_csr(
+            x, *categories, log1p=log1p, beside=beside, rows_per_product=rows_per_product
+        )
+        return self._heads(hidden, rows_per_product)
 
-    def _heads(self, hidden: Tensor) -> Normal:
-        variance = torch.exp(self.var_encoder(hidden)) + VARIANCE_FLOOR
+    def _heads(self, hidden: Tensor, rows_per_product: int | None) -> Normal:
+        product = partial(_product, rows_per_product)
+        variance = torch.exp(product(self.var_encoder, hidden)) + VARIANCE_FLOOR
         # Checking the arguments would cost a pass over them at every step.
-        return Normal(self.mean_encoder(hidden), variance.sqrt(), validate_args=False)
+        return Normal(product(self.mean_encoder, hidden), variance.sqrt(), validate_args=False)

@@ -304,7 +304,14 @@ class VAEC(VAECNetwork):
             samples=np.tile(np.arange(n_samples, dtype=np.uint64), n_cells),
         )
 
-    def encode(self, x: CsrCounts, y: Tensor, batch_index: Tensor | None = None) -> Normal:
+    def encode(
+        self,
+        x: CsrCounts,
+        y: Tensor,
+        batch_index: Tensor | None = None,
+        *,
+        rows_per_product: int | None = None,
+    ) -> Normal:
         """Return q(z | x, y) of sparse counts.
 
         Parameters
@@ -313,6 +320,8 @@ class VAEC(VAECNetwork):
             Raw counts of n_cells x n_input.
         y, batch_index : Tensor[n_cells, 1]
             Label and batch codes.
+        rows_per_product : int, optional
+            As in `rayvaec.model.layers.FCLayers.forward`.
 
         Returns
         -------
@@ -324,6 +333,7 @@ class VAEC(VAECNetwork):
             *self._encoder_categories(y, batch_index),
             log1p=self.config.log_variational,
             beside=self._encoded_batch(y, batch_index),
+            rows_per_product=rows_per_product,
         )
 
     @torch.no_grad()

@@ -62,6 +62,29 @@ def test_the_genes_that_the_model_shifts_are_called(model, adata, tmp_path):
     assert (called["bayes_factor"] > 3).all()
 
 
+def test_batch_correction_leaves_the_batch_out(model, adata, tmp_path):
+    registry = model.registry.to_json() | {"batches": ["batch_0", "batch_1"], "batch_key": "half"}
+    torch.manual_seed(0)
+    module = VAEC(model.registry.n_genes, 4, n_hidden=32, generative="softmax", n_batch=2)
+    with torch.no_grad():
+        module.px_decoder.weight.mul_(3)
+        module._embeddings_dict["batch"].weight.mul_(3)
+        module.z_encoder.mean_encoder.weight.mul_(0.01)
+        module.z_encoder.mean_encoder.bias.zero_()
+    save_model(tmp_path / "model", module, registry, {})
+    halves = adata.copy()
+    halves.obs["half"] = np.where(np.arange(200) < 100, "batch_0", "batch_1")
+    two = rayvaec.load_model(tmp_path / "model")
+    tables = [
+        two.differential_expression(
+            halves, "half", "batch_0", "batch_1", batch_correction=corrected, pseudocounts=1e-9
+        )
+        for corrected in (False, True)
+    ]
+    spread = [table["lfc_mean"].abs().mean() for table in tables]
+    assert spread[1] < spread[0] / 5
+
+
 def test_a_comparison_does_not_depend_on_the_order_of_the_cells(model, adata):
     order = np.random.default_rng(0).permutation(adata.n_obs)
     options = {"n_samples_overall": 300, "delta": None}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
@@ -14,8 +15,9 @@ import torch
 from rayvaec.data.build import PrepareConfig, prepare
 from rayvaec.data.simulate import simulate
 from rayvaec.data.store import open_store
-from rayvaec.errors import ConfigError, ModelError, RayvaecError, StoreError
-from rayvaec.infer import bulk, regions
+from rayvaec.errors import ConfigError, CountsError, ModelError, RayvaecError, StoreError
+from rayvaec.infer import bulk, bulk_run, regions
+from rayvaec.infer.differential import Comparison
 from rayvaec.infer.trained import TrainedModel, load_model
 from rayvaec.model.saved import save_model
 from rayvaec.model.vaec import VAEC
@@ -25,7 +27,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local", "small_regio
 
 def _make_regions_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several regions, and several files a layer, in a store of 1,200 cells."""
-    monkeypatch.setattr(bulk, "MAX_REGION", 256)
+    monkeypatch.setattr(bulk_run, "MAX_REGION", 256)
     monkeypatch.setattr("rayvaec.infer.output.VALUES_PER_CHUNK", 512)
     monkeypatch.setattr("rayvaec.infer.output.CHUNKS_PER_SHARD", 4)
     monkeypatch.setattr("rayvaec.infer.output.REGIONS_PER_POINTER_SHARD", 2)
@@ -144,8 +146,59 @@ def test_latent_expression_and_elbo_are_those_of_the_model_in_memory(
 
     bulk.elbo_store(model_path, store_path, tmp_path / "elbo.zarr", seed=3)
     found = anndata.read_zarr(tmp_path / "elbo.zarr")
-    assert list(found.obs.columns) == ["cell_type", "elbo"]
+    assert list(found.obs.columns) == ["cell_type", "elbo", "reconstruction_error"]
     np.testing.assert_array_equal(found.obs["elbo"], model.elbo(in_memory, seed=3))
+    error = model.get_reconstruction_error(in_memory, return_mean=False, seed=3)
+    np.testing.assert_array_equal(found.obs["reconstruction_error"], error["reconstruction_loss"])
+
+
+def test_marginal_likelihoods_are_those_of_the_model_in_memory(
+    model_path: Path,
+    store_path: Path,
+    model: TrainedModel,
+    in_memory: anndata.AnnData,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "ll.zarr"
+    bulk.marginal_ll_store(model_path, store_path, out, n_mc_samples=20, seed=3, num_workers=2)
+    expected = model.get_marginal_ll(in_memory, n_mc_samples=20, return_mean=False, seed=3)
+    np.testing.assert_array_equal(anndata.read_zarr(out).obs["marginal_ll"], expected)
+
+
+def test_the_empirical_prior_is_that_of_the_model_in_memory(
+    model_path: Path,
+    store_path: Path,
+    model: TrainedModel,
+    in_memory: anndata.AnnData,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "prior.npz"
+    bulk.vamp_prior_store(model_path, store_path, out, p=3, num_workers=2)
+    expected = model.get_vamp_prior(in_memory, p=3)
+    with np.load(out) as found:
+        assert found["labels"].tolist() == list(model.registry.labels)
+        for name, values in expected.items():
+            np.testing.assert_allclose(found[name], values, rtol=1e-10, err_msg=name)
+
+
+def _same_table(found: Path, expected: pd.DataFrame) -> None:
+    table = pd.read_csv(found, index_col="gene")
+    assert list(table.index) == list(expected.index)
+    pd.testing.assert_frame_equal(table, expected, check_names=False, rtol=1e-6, atol=1e-6)
+
+
+def test_comparisons_are_those_of_the_model_in_memory(
+    model_path: Path,
+    store_path: Path,
+    model: TrainedModel,
+    in_memory: anndata.AnnData,
+    tmp_path: Path,
+) -> None:
+    groups = {"group1": model.registry.labels[2], "group2": model.registry.labels[1]}
+    how, out = Comparison(n_samples=300, seed=4), tmp_path / "de.csv"
+    bulk.differential_expression_store(model_path, store_path, out, how=how, **groups)
+    options = {"n_samples_overall": 300, "seed": 4, **groups}
+    _same_table(out, model.differential_expression(in_memory, **options))
 
 
 class _DiesOnce(regions.RegionWorker):
@@ -174,12 +227,34 @@ def test_killed_workers_leave_no_row_out_and_none_double(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bulk, "RegionWorker", _DiesOnce)
+    monkeypatch.setattr(bulk_run, "RegionWorker", _DiesOnce)
     out = tmp_path / "killed.zarr"
     bulk.sample_store(model_path, store_path, out, 3, seed=5, num_workers=2)
     assert (tmp_path / "died in region").exists()
     assert (tmp_path / "died in values").exists()
     assert _files(out) == _files(undisturbed)
+
+
+def test_killed_workers_count_no_cell_twice_in_an_average(
+    model_path: Path,
+    store_path: Path,
+    model: TrainedModel,
+    in_memory: anndata.AnnData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bulk_run, "RegionWorker", _DiesOnce)
+    out = tmp_path / "means.zarr"
+    bulk.expression_store(model_path, store_path, out, by_label=True, num_workers=2)
+    assert (tmp_path / "died in region").exists()
+    found = anndata.read_zarr(out)
+    assert list(found.obs_names) == list(model.registry.labels)
+    assert list(found.var_names) == list(model.registry.genes)
+    every = model.expression(in_memory)
+    for label, row in zip(found.obs_names, found.X, strict=True):
+        own = (in_memory.obs["cell_type"] == label).to_numpy()
+        assert found.obs.loc[label, "n_cells"] == own.sum()
+        np.testing.assert_allclose(row, every[own].mean(0), rtol=1e-5)
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -193,10 +268,12 @@ def _files(folder: Path) -> dict[str, bytes]:
 class _FailsAt(regions.RegionWorker):
     """Fails at one region, and counts the regions that it was asked for."""
 
+    error = OSError(28, "No space left on device")
+
     def region(self, number: int) -> dict:
         parts = Path(self._work.parts)
         if number == 3 and not (parts.parents[1] / "mended").exists():
-            raise OSError(28, "No space left on device")
+            raise self.error
         (parts.parents[1] / f"computed {number}").touch()
         return super().region(number)
 
@@ -208,7 +285,7 @@ def test_a_rerun_does_what_is_missing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bulk, "RegionWorker", _FailsAt)
+    monkeypatch.setattr(bulk_run, "RegionWorker", _FailsAt)
     out = tmp_path / "out.zarr"
     with pytest.raises(RayvaecError, match=r"no space .* finished regions are kept in"):
         bulk.sample_store(model_path, store_path, out, 3, seed=5)
@@ -223,6 +300,33 @@ def test_a_rerun_does_what_is_missing(
     assert again == {"computed 3", "computed 4"}
     assert _files(out) == _files(undisturbed)
     assert not (tmp_path / "out.zarr.partial").exists()
+
+
+class _WritesShort(_FailsAt):
+    error = OSError("4096 requested and 1024 written")  # numpy's, of a full disk
+
+
+def test_a_rerun_of_a_comparison_does_what_is_missing(
+    model_path: Path,
+    store_path: Path,
+    model: TrainedModel,
+    in_memory: anndata.AnnData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bulk_run, "RegionWorker", _WritesShort)
+    out, how = tmp_path / "out.csv", Comparison(n_samples=50)
+    with pytest.raises(RayvaecError, match=r"no space .* finished regions are kept in"):
+        bulk.differential_expression_store(model_path, store_path, out, how=how)
+    assert not out.exists()
+    for path in tmp_path.glob("computed *"):
+        path.unlink()
+    (tmp_path / "mended").touch()
+    bulk.differential_expression_store(model_path, store_path, out, how=how)
+    again = {path.name for path in tmp_path.glob("computed *")}
+    assert again == {"computed 3", "computed 4"}
+    _same_table(out, model.differential_expression(in_memory, n_samples_overall=50))
+    assert not (tmp_path / "out.csv.partial").exists()
 
 
 def test_an_output_is_replaced_only_when_that_is_asked_for(
@@ -286,6 +390,11 @@ def test_batches_go_with_the_cells(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.layers["expression"], expected)
     assert list(found.obs["batch"]) == list(source.obs["batch"])
     assert list(found.obs["cell_type"]) == list(source.obs["cell_type"])
+    how = Comparison(n_samples=40, batch_correction=True)
+    paths = tmp_path / "model", tmp_path / "store", tmp_path / "de.csv"
+    bulk.differential_expression_store(*paths, how=how, groupby="batch")
+    options = {"n_samples_overall": 40, "batch_correction": True, "groupby": "batch"}
+    _same_table(paths[2], load_model(paths[0]).differential_expression(source, **options))
 
 
 @pytest.mark.parametrize(
@@ -326,8 +435,44 @@ def test_a_store_that_changed_meanwhile_is_noticed(
             object.__setattr__(self._work, "store_hash", "0" * 64)
             return super().region(number)
 
-    monkeypatch.setattr(bulk, "RegionWorker", Other)
+    monkeypatch.setattr(bulk_run, "RegionWorker", Other)
     copy = tmp_path / "store"
     shutil.copytree(store_path, copy)
     with pytest.raises(RayvaecError, match="another store at"):
         bulk.embed_store(model_path, copy, tmp_path / "out.zarr")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"group1": "T cells"}, "no group 'T cells' in cell_type; choose from "),
+        ({"groupby": "site"}, "no column 'site' of groups; choose from cell_type"),
+        ({"num_workers": 0}, "num_workers=0"),
+    ],
+)
+def test_comparisons_that_cannot_be_made_are_refused_and_leave_nothing(
+    model_path: Path, store_path: Path, tmp_path: Path, options: dict, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bulk.differential_expression_store(model_path, store_path, tmp_path / "de.csv", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_label_of_one_cell_is_not_compared(tmp_path: Path) -> None:
+    adata = simulate(n_cells=60, n_genes=20, n_labels=2, seed=1)
+    adata.obs["cell_type"] = ["alone", *["a", "b"] * 29, "a"]
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    prepare([tmp_path / "a.h5ad"], tmp_path / "store", PrepareConfig(labels_key="cell_type"))
+    model = _save(tmp_path / "model", list(adata.var_names), ["a", "alone", "b"])
+    paths = model, tmp_path / "store", tmp_path / "de.csv"
+    with pytest.raises(CountsError, match="group 'alone' has 1 cell, and a comparison needs"):
+        bulk.differential_expression_store(*paths)
+    assert not list(tmp_path.glob("de.csv*"))
+
+
+def test_a_learned_prior_is_not_estimated(store_path: Path, tmp_path: Path) -> None:
+    registry = open_store(store_path).registry
+    module = VAEC(120, 4, n_hidden=8, generative="softmax", n_batch=1, prior="mog")
+    save_model(tmp_path / "model", module, registry.to_json(), {})
+    with pytest.raises(ConfigError, match="learned a mixture prior"):
+        bulk.vamp_prior_store(tmp_path / "model", store_path, tmp_path / "prior.npz")

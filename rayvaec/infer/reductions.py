@@ -1,0 +1,156 @@
+"""What bulk work boils a whole store down to: a part of every region, and one result of all parts.
+
+Parts are folded in the order of the regions, so that the result does not depend on which worker
+was done first.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayvaec.data.registry import Registry
+from rayvaec.data.store import Rows
+from rayvaec.infer import posterior, vamp
+from rayvaec.infer.contrasts import Contrast, compare_all
+from rayvaec.infer.differential import Comparison
+from rayvaec.infer.output import write_means
+from rayvaec.infer.populations import Populations, merge, summarise
+from rayvaec.infer.posterior import Cells
+from rayvaec.model.vaec import VAEC
+
+Arrays = Mapping[str, NDArray[Any]]
+
+_CELLS_AT_ONCE = 1024
+
+
+class Names(NamedTuple):
+    """Whose cells and genes they are.
+
+    Parameters
+    ----------
+    store, model : Registry
+        Labels and batches of the store, and genes and labels of the model.
+    """
+
+    store: Registry
+    model: Registry
+
+
+class Reduction(ABC):
+    """A result whose size does not depend on the number of cells."""
+
+    @abstractmethod
+    def part(self, module: VAEC, cells: Cells, rows: Rows) -> Arrays:
+        """Return what is kept of a region: of its cells, and of what the store says of them."""
+
+    @abstractmethod
+    def write(self, module: VAEC, parts: Iterator[Arrays], names: Names, path: Path) -> None:
+        """Write the result of all parts, which come in the order of the regions."""
+
+
+@dataclass(frozen=True)
+class LabelMeans(Reduction):
+    """Denoised expression averaged over the cells of every label, as AnnData in Zarr.
+
+    Parameters
+    ----------
+    n_labels : int
+        Labels of the store.
+    """
+
+    n_labels: int
+
+    def part(self, module: VAEC, cells: Cells, rows: Rows) -> Arrays:
+        """Return number of cells and sums of expression by the store's labels."""
+        sums = np.zeros((self.n_labels, module.config.n_input))
+        for start in range(0, len(cells), _CELLS_AT_ONCE):
+            some = cells.part(start, min(start + _CELLS_AT_ONCE, len(cells)))
+            expression = posterior.expression(module, some)
+            labels = rows.labels[start : start + len(some)]
+            for label in np.unique(labels):
+                sums[label] += expression[labels == label].sum(0, dtype=np.float64)
+        return {"n_cells": np.bincount(rows.labels, minlength=self.n_labels), "sums": sums}
+
+    def write(self, module: VAEC, parts: Iterator[Arrays], names: Names, path: Path) -> None:
+        """Write X, [n_labels with cells, n_genes], and ``obs["n_cells"]``."""
+        n_cells: Any = 0
+        sums: Any = 0
+        for part in parts:
+            n_cells, sums = n_cells + part["n_cells"], sums + part["sums"]
+        present = n_cells > 0
+        mean = (sums[present] / n_cells[present, None]).astype(np.float32)
+        labels = [name for name, here in zip(names.store.labels, present, strict=True) if here]
+        write_means(path, labels, names.model.genes, n_cells[present], mean)
+
+
+@dataclass(frozen=True)
+class VampPrior(Reduction):
+    """The empirical prior of every label, as npz.
+
+    Parameters
+    ----------
+    p, seed : int
+        As in `rayvaec.infer.vamp.prior_of`.
+    """
+
+    p: int
+    seed: int
+
+    def part(self, module: VAEC, cells: Cells, rows: Rows) -> Arrays:
+        """Return the cells' posteriors."""
+        return vamp.points_of(module, cells)._asdict()
+
+    def write(self, module: VAEC, parts: Iterator[Arrays], names: Names, path: Path) -> None:
+        """Write what `TrainedModel.get_vamp_prior` returns, and ``labels``, its first axis."""
+        points = vamp.gathered(vamp.Points(**part) for part in parts)
+        prior = vamp.prior_of(points, names.model.n_labels, self.p, self.seed)
+        with path.open("wb") as file:
+            np.savez(file, allow_pickle=False, labels=np.array(names.model.labels), **prior)
+
+
+@dataclass(frozen=True)
+class DifferentialExpression(Reduction):
+    """Comparisons of groups of cells, as CSV.
+
+    Parameters
+    ----------
+    by_batch : bool
+        Whether the groups are the store's batches instead of its labels.
+    groups : tuple of int
+        Codes of the groups that are looked at.
+    names : tuple of str
+        Their names.
+    contrasts : tuple of Contrast
+        What to compare, by position in `groups`.
+    how : Comparison
+        Options.
+    """
+
+    by_batch: bool
+    groups: tuple[int, ...]
+    names: tuple[str, ...]
+    contrasts: tuple[Contrast, ...]
+    how: Comparison
+
+    def part(self, module: VAEC, cells: Cells, rows: Rows) -> Arrays:
+        """Return the region's summary of the groups."""
+        codes = rows.batches if self.by_batch else rows.labels
+        position = {code: number for number, code in enumerate(self.groups)}
+        groups = np.array([position.get(code, -1) for code in codes.tolist()], np.int64)  # type: ignore[union-attr]
+        n_groups, how = len(self.groups), self.how
+        return summarise(module, cells, groups, n_groups, how.n_samples, how.seed)._asdict()
+
+    def write(self, module: VAEC, parts: Iterator[Arrays], names: Names, path: Path) -> None:
+        """Write the table, a row a gene and comparison."""
+        populations = merge((Populations(**part) for part in parts), self.how.n_samples)
+        table = compare_all(
+            *(module, names.model.genes, populations, self.names, self.contrasts, self.how)
+        )
+        table.to_csv(path, index_label="gene")
