@@ -191,6 +191,10 @@ def test_an_existing_output_is_refused(run, atlas_h5ad, store_path, model_path, 
         ("prepare", atlas_h5ad, "--out", tmp_path, "--labels-key", "cell_type"),
         ("train", store_path, "--out", tmp_path),
         ("sample", model_path, store_path, "--out", tmp_path, "--n-samples", 1),
+        ("marginal-ll", model_path, store_path, "--out", tmp_path),
+        ("de", model_path, store_path, "--out", tmp_path, "--group1", "a", "--fdr", 0.1),
+        ("vamp-prior", model_path, store_path, "--out", tmp_path, "--p", 3),
+        ("expression", model_path, store_path, "--out", tmp_path, "--by-label"),
     ):
         (tmp_path / "kept").write_text("")
         mistake(run(*words), str(tmp_path), "exist")
