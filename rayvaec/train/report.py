@@ -25,6 +25,8 @@ from rayvaec.train.workers import workers_text
 
 logger = logging.getLogger("rayvaec")
 POLL_SECONDS = 0.5
+MOST_STARTS = 5
+"""Starts of workers that the description of a run tells of, at most."""
 
 
 def epoch_line(record: dict[str, Any], max_epochs: int | None) -> str:
@@ -201,8 +203,9 @@ def _starts(attempts: list[dict[str, Any]]) -> list[str]:
     """Say how often workers had to start, and the last few times when and from where."""
     if len(attempts) < 2:
         return []
-    lines = [f"starts      {len(attempts)}, the last of them:"]
-    for attempt in attempts[-5:]:
+    shown = attempts[-MOST_STARTS:]
+    lines = [f"starts      {len(attempts)}" + (", the last" if shown != attempts else "") + ":"]
+    for attempt in shown:
         workers = workers_text(attempt["num_workers"], attempt["num_workers"])
         lines.append(f"            {attempt['started']} from step {attempt['step']}, {workers}")
         lines += [f"              after: {loss}" for loss in attempt["losses"]]

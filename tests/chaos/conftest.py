@@ -26,7 +26,7 @@ SETTINGS = {
     "n_hidden": 64,
     "checkpoint_steps": 100,
     "log_steps": 10,
-    "resize_seconds": 5,
+    "resize_seconds": 2,
     "cpus_per_worker": 1,
     "patience": 0,
 }

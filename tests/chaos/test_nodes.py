@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.timeout(600)]
-SLOW = {"lr": 1e-6, "max_epochs": 30}
+SLOW = {"lr": 1e-6, "max_epochs": 20}
 """Learning nothing, so that rounding does not grow and the losses tell of the minibatches."""
 
 
@@ -63,7 +63,7 @@ def test_a_kill_while_a_run_grows(
     workers: Callable[[], list[int]],
 ) -> None:
     with nodes(2) as cluster:
-        train = command("2-8", address=cluster.address, max_epochs=30)
+        train = command("2-8", address=cluster.address, max_epochs=20)
         train.until_step(300)
         before, kept = set(workers()), train.kept_step
         add_a_node(cluster)
@@ -73,4 +73,4 @@ def test_a_kill_while_a_run_grows(
     assert train.workers[0] == 2
     assert train.workers[-1] == 3
     assert train.starts[1] >= kept > 0
-    train.assert_same_quality(undisturbed(2, max_epochs=30))
+    train.assert_same_quality(undisturbed(2, max_epochs=20))
