@@ -262,7 +262,7 @@ def nodes() -> Callable[..., Any]:
         require_token()
         head = {"num_cpus": head_cpus, "include_dashboard": job_server, **MEMORY}
         if job_server:
-            head["dashboard_port"] = free_port()
+            head |= {"dashboard_port": free_port(), "dashboard_agent_listen_port": free_port()}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
             for _ in range(number):

@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,16 @@ def test_a_job_goes_on_with_the_nodes_that_are_left(
     with nodes(2, job_server=True) as cluster:
         client = JobSubmissionClient(f"http://{cluster.head_node.webui_url}")
         short = {"env_vars": {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15"}}
-        job = client.submit_job(entrypoint=shlex.join(map(str, words)), runtime_env=short)
+        jobs = []
+
+        def submit() -> bool:
+            with suppress(RuntimeError):  # the agent that starts jobs takes a while to be there
+                entrypoint = shlex.join(map(str, words))
+                jobs.append(client.submit_job(entrypoint=entrypoint, runtime_env=short))
+            return bool(jobs)
+
+        wait_until(submit, timeout=60)
+        (job,) = jobs
         wait_until(lambda: run.step > 300)
         kept = run.kept_step
         cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
