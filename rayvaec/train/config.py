@@ -23,11 +23,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "scvi": {
         "lr": 1e-3,
+        "dispersion_lr": 1.0,
         "eps": 0.01,
         "weight_decay": 1e-6,
         "lr_schedule": "constant",
         "gradient_clip": None,
-        "kl_warmup_epochs": 0.0,
+        "lr_warmup_steps": 0,
+        "kl_warmup_steps": 0,
         "batch_size": 128,
         "start_from_counts": False,
     },
@@ -38,6 +40,7 @@ CELLS_PER_DEFAULT_RUN = 20_000
 """Training cells for which `DEFAULT_EPOCHS` is the default number of epochs."""
 DEFAULT_EPOCHS = 50
 FEWEST_EPOCHS, MOST_EPOCHS = 10, 400
+DEFAULT_LR, CELLS_AT_DEFAULT_LR, MOST_DEFAULT_LR = 5e-3, 128, 2e-2
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,15 @@ class TrainConfig:
         None, "epochs at most; by default chosen from the number of cells", low=1, resumable=True
     )
     batch_size: int = setting(128, "cells in a minibatch over all workers", low=1)
-    lr: float = setting(3e-3, "peak learning rate of Adam", above=0, high=1)
+    lr: float | None = setting(
+        None, "peak learning rate of Adam; by default chosen from batch_size", above=0, high=1
+    )
+    dispersion_lr: float = setting(
+        10.0, "learning rate of the genes' dispersions, relative", above=0, high=1000
+    )
+    lr_warmup_steps: int = setting(
+        20, "steps over which the rate rises to its peak, a quarter of all at most", low=0
+    )
     lr_schedule: str = setting("cosine", "course of the rate", choices=("cosine", "constant"))
     lr_end: float = setting(0.02, "rate at the end of the cosine, relative", low=0, high=1)
     eps: float = setting(1e-4, "epsilon of Adam", above=0, high=1)
@@ -81,7 +92,12 @@ class TrainConfig:
     kl_warmup_epochs: float = setting(
         0.0, "epochs (or parts) over which the KL weight rises from 0 to 1", low=0
     )
-    start_from_counts: bool = setting(True, "start the output at the genes' mean shares")
+    kl_warmup_steps: int = setting(
+        300, "the same in steps, a quarter of all at most; without kl_warmup_epochs", low=0
+    )
+    start_from_counts: bool = setting(
+        True, "start the output at the genes' mean shares, and dispersions at what the counts show"
+    )
     patience: int = setting(
         20, "epochs without a better validation ELBO that end the run; 0: never", low=0
     )
@@ -230,7 +246,7 @@ class TrainConfig:
         return cls(**values)
 
     def resolved(self, n_train: int) -> Self:
-        """Fill in the number of epochs, if it was left open.
+        """Fill in the number of epochs and the learning rate, where they were left open.
 
         Small data needs more epochs than an atlas: the default falls with the square root of the
         number of training cells, from 400 below 312 cells over 50 at 20,000 to 10 from 500,000.
@@ -244,10 +260,20 @@ class TrainConfig:
         -------
         TrainConfig
         """
-        if self.max_epochs is not None:
-            return self
         epochs = round(DEFAULT_EPOCHS * math.sqrt(CELLS_PER_DEFAULT_RUN / max(n_train, 1)))
-        return replace(self, max_epochs=min(max(epochs, FEWEST_EPOCHS), MOST_EPOCHS))
+        epochs = min(max(epochs, FEWEST_EPOCHS), MOST_EPOCHS)
+        return replace(self, max_epochs=self.max_epochs or epochs, lr=self.peak_lr)
+
+    @property
+    def peak_lr(self) -> float:
+        """The peak learning rate: `lr`, or by default one chosen from `batch_size`.
+
+        `DEFAULT_LR` at a minibatch of 128, growing with its square root to `MOST_DEFAULT_LR`: a
+        step of Adam is as long as the rate whatever the gradient, and larger minibatches take
+        fewer of them, in directions with less noise.
+        """
+        by_size = DEFAULT_LR * math.sqrt(self.batch_size / CELLS_AT_DEFAULT_LR)
+        return self.lr or min(by_size, MOST_DEFAULT_LR)
 
     @property
     def fewest_workers(self) -> int:
@@ -256,11 +282,11 @@ class TrainConfig:
 
     def conflicts(self, other: Self) -> list[str]:
         """Return the settings in which a resumed run may not differ from `other` but does."""
+        ours, theirs = (asdict(replace(each, lr=each.peak_lr)) for each in (self, other))
         return [
-            f"{item.name}={getattr(self, item.name)!r} (the run has {getattr(other, item.name)!r})"
+            f"{item.name}={ours[item.name]!r} (the run has {theirs[item.name]!r})"
             for item in fields(self)
-            if not item.metadata["resumable"]
-            and getattr(self, item.name) != getattr(other, item.name)
+            if not item.metadata["resumable"] and ours[item.name] != theirs[item.name]
         ]
 
 

@@ -10,7 +10,6 @@ import math
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, Protocol
@@ -19,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from rayvaec.data.loader import Loader, Minibatch
@@ -31,6 +29,7 @@ from rayvaec.location import Location
 from rayvaec.train.artefacts import save_best, save_last
 from rayvaec.train.checkpoint import RunState, checkpoint_name, read_checkpoint, write_checkpoint
 from rayvaec.train.config import TrainConfig
+from rayvaec.train.gradients import share_parameters, sum_gradients
 from rayvaec.train.metrics import append_record, cut_records, write_progress
 from rayvaec.train.noise import CellNoise
 from rayvaec.train.ranks import Ranks
@@ -99,8 +98,9 @@ class TrainLoop:
         self.optimizer = _adam(self.module, self.config)
         self.loader = _loader(self.config, self.store, ranks)
         self.state = self._restore()
+        share_parameters(self.module, ranks)
         self.noise = CellNoise(self.config.seed, self.module)
-        self.model = _replicated(self.module, ranks)
+        self.model = Replica(self.module)
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
         self._waited = 0.0
         self._began = self._epoch_began = self._last_checkpoint = self._last_progress = 0.0
@@ -162,13 +162,12 @@ class TrainLoop:
         """Take one step; return this worker's sum of the loss over its cells."""
         state, config, ranks = self.state, self.config, self.ranks
         for group in self.optimizer.param_groups:
-            group["lr"] = self._rate(state.step)
+            group["lr"] = self._rate(state.step) * group["relative_lr"]
         self.optimizer.zero_grad(set_to_none=True)
         loss, per_cell = self._loss(minibatch, minibatch.cells, minibatch.n_global)
         loss.backward()
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = get_total_norm(gradients)
-        # The averaged gradient is the same on every worker, so that all of them stop here or none.
+        norm = get_total_norm(sum_gradients(self.module, ranks))
+        # The summed gradient is the same on every worker, so that all of them stop here or none.
         if not math.isfinite(norm):
             self._give_up(minibatch, per_cell)
         if config.gradient_clip is not None and norm > config.gradient_clip:
@@ -177,7 +176,7 @@ class TrainLoop:
         state.step += 1
         state.epoch_step += 1
         state.epoch_cells += minibatch.n_global
-        own_sum = loss.detach().double() * (minibatch.n_global / ranks.world_size)
+        own_sum = loss.detach().double() * minibatch.n_global
         self._loss_sum += own_sum
         return own_sum
 
@@ -188,12 +187,7 @@ class TrainLoop:
         return loss, per_cell
 
     def _warm_up(self) -> None:
-        """Compute a gradient and forget it: what comes before the first step.
-
-        DDP arranges its buckets anew after the first gradient it sees. More than two workers then
-        add in another order; here it happens before the first step, and before the first one
-        after a resume, so that both end with the same bits. Kernels are compiled here too.
-        """
+        """Compute a gradient and forget it: kernels are compiled before the clock runs."""
         cells = np.arange(min(self.config.batch_size, self.store.n_train))
         with single_threaded_torch():
             loss, _ = self._loss(self.store.read(0, len(cells)), cells, len(cells))
@@ -307,10 +301,14 @@ class TrainLoop:
         )
 
     def _rate(self, step: int) -> float:
-        return learning_rate(self.config, step, self.max_epochs * self.loader.steps_per_epoch)
+        return learning_rate(self.config, step, self._total_steps)
 
     def _kl(self, step: int) -> float:
-        return kl_weight(self.config, step, self.loader.steps_per_epoch)
+        return kl_weight(self.config, step, self.loader.steps_per_epoch, self._total_steps)
+
+    @property
+    def _total_steps(self) -> int:
+        return self.max_epochs * self.loader.steps_per_epoch
 
 
 _ADVICE = (
@@ -320,9 +318,16 @@ _ADVICE = (
 
 
 def _adam(module: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Return the optimiser; checkpoints number its parameters as the module names them."""
+    groups: list[dict[str, Any]] = []
+    for name, parameter in module.named_parameters():
+        relative_lr = config.dispersion_lr if name == "px_r" else 1.0
+        if not groups or groups[-1]["relative_lr"] != relative_lr:
+            groups.append({"params": [], "relative_lr": relative_lr})
+        groups[-1]["params"].append(parameter)
     return torch.optim.Adam(
-        module.parameters(),
-        lr=config.lr,
+        groups,
+        lr=config.peak_lr,
         eps=config.eps,
         weight_decay=config.weight_decay,
         fused=True,
@@ -341,17 +346,3 @@ def _loader(config: TrainConfig, store: Any, ranks: Ranks) -> Loader:
         buffer_rows=config.buffer_rows,
         prefetch=config.prefetch,
     )
-
-
-def _replicated(module: Any, ranks: Ranks) -> torch.nn.Module:
-    """Return the loss of `module` as a module, whose gradient is averaged over the workers."""
-    replica = Replica(module, ranks.world_size)
-    if ranks.world_size == 1:
-        return replica
-    # The only buffer, the weights of labels, never changes.
-    names = signature(DistributedDataParallel).parameters
-    sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-    arguments: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
-    if ranks.device.type == "cuda":
-        arguments["device_ids"] = [ranks.device]
-    return DistributedDataParallel(replica, **arguments)

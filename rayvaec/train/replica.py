@@ -16,6 +16,7 @@ from rayvaec.kernels.csr import CsrCounts
 from rayvaec.model.vaec import VAEC
 from rayvaec.train.config import TrainConfig
 from rayvaec.train.schedule import noise_seed
+from rayvaec.train.start import start_from_counts
 
 SMALLEST_SHARE = 0.05
 """Labels rarer than this weigh no more with `weight_obs`, as in scvi-tools' CondSCVI."""
@@ -61,9 +62,7 @@ def build_module(store: Store, config: TrainConfig) -> VAEC:
         encode_covariates=config.encode_covariates and registry.n_batches > 0,
     )
     if config.start_from_counts:
-        totals = torch.tensor(manifest.gene_totals, dtype=torch.float64)
-        # Half a count for a gene without any: its share is small, but not zero.
-        module.init_from_counts(totals.clamp_min(0.5) / max(manifest.total_counts, 1))
+        start_from_counts(module, store)
     return module
 
 
@@ -93,14 +92,11 @@ class Replica(nn.Module):
     ----------
     module : VAEC
         The model.
-    world_size : int
-        Number of workers whose gradients are averaged.
     """
 
-    def __init__(self, module: VAEC, world_size: int) -> None:
+    def __init__(self, module: VAEC) -> None:
         super().__init__()
         self.module = module
-        self.world_size = world_size
 
     def forward(
         self,
@@ -111,7 +107,7 @@ class Replica(nn.Module):
         kl_weight: float,
         n_global: int,
     ) -> tuple[Tensor, Tensor]:
-        """Return a loss whose gradient, averaged over workers, is that of the global minibatch.
+        """Return a loss whose gradient, summed over workers, is that of the global minibatch.
 
         Parameters
         ----------
@@ -125,7 +121,7 @@ class Replica(nn.Module):
             Weight of the Kullback-Leibler term.
         n_global : int
             Cells of the minibatch over all workers. The sum over this worker's cells is divided
-            by ``n_global / world_size``: unequal shares then still add up to the exact mean.
+            by it: unequal shares then still add up to the exact mean.
 
         Returns
         -------
@@ -138,9 +134,8 @@ class Replica(nn.Module):
             # A worker without cells takes part in the all-reduce with zero gradients.
             zero = torch.stack([p.sum() for p in self.parameters()]).sum() * 0.0
             return zero, zero.detach().new_empty(0)
-        divisor = n_global / self.world_size
         output = self.module.minibatch_loss(
-            x, y, batch_index, kl_weight=kl_weight, divisor=divisor, noise=noise
+            x, y, batch_index, kl_weight=kl_weight, divisor=n_global, noise=noise
         )
         return output.loss, output.reconstruction_loss + kl_weight * output.kl_local
 

@@ -179,7 +179,7 @@ def describe_run(path: Path) -> str:
     lines += _starts(read_attempts(path))
     lines += [
         f"network     {config.n_layers} x {config.n_hidden} hidden, {config.n_latent} latent",
-        f"recipe      batch size {config.batch_size}, lr {config.lr:g}, seed {config.seed}",
+        f"recipe      batch size {config.batch_size}, lr {config.peak_lr:g}, seed {config.seed}",
         *(f"{name:<11} {path / name}" for name in (BEST, LAST) if (path / name).is_dir()),
         *_next_commands(path, info.status, info.store),
     ]

@@ -17,7 +17,7 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     Parameters
     ----------
     config : TrainConfig
-        ``lr``, ``lr_schedule`` and ``lr_end``.
+        ``peak_lr``, ``lr_warmup_steps``, ``lr_schedule`` and ``lr_end``.
     step : int
         Steps taken so far.
     total_steps : int
@@ -27,31 +27,41 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     -------
     float
     """
+    peak = config.peak_lr * _risen(step, config.lr_warmup_steps, total_steps)
     if config.lr_schedule == "constant":
-        return config.lr
+        return peak
     done = min(step / max(total_steps, 1), 1.0)
-    return config.lr * (config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * done)))
+    share = config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * done))
+    return peak * share
 
 
-def kl_weight(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+def kl_weight(config: TrainConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:
     """Return the weight of the Kullback-Leibler term in a step.
 
     Parameters
     ----------
     config : TrainConfig
-        ``kl_warmup_epochs``.
+        ``kl_warmup_epochs`` or ``kl_warmup_steps``.
     step : int
         Steps taken so far.
     steps_per_epoch : int
         Steps of an epoch.
+    total_steps : int
+        Steps of the whole run.
 
     Returns
     -------
     float
         In (0, 1].
     """
-    warmup = config.kl_warmup_epochs * steps_per_epoch
-    return min((step + 1) / warmup, 1.0) if warmup > 0 else 1.0
+    if config.kl_warmup_epochs:
+        return min((step + 1) / (config.kl_warmup_epochs * steps_per_epoch), 1.0)
+    return _risen(step, config.kl_warmup_steps, total_steps)
+
+
+def _risen(step: int, warmup: int, total_steps: int) -> float:
+    """Return how much of a warm-up is over, in (0, 1]; a short run has a shorter one."""
+    return min((step + 1) / max(min(warmup, total_steps // 4), 1), 1.0)
 
 
 def noise_seed(*parts: int | str) -> int:

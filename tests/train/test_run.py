@@ -64,7 +64,7 @@ def test_resuming_takes_the_runs_own_settings(begun: Path, store: Store) -> None
 
 
 def test_resuming_with_other_settings_is_refused(begun: Path, store: Store) -> None:
-    with pytest.raises(ConfigError, match=r"lr=0.1 \(the run has 0.003\), seed=4 \(the run has 3"):
+    with pytest.raises(ConfigError, match=r"lr=0.1 \(the run has 0.005\), seed=4 \(the run has 3"):
         folder.check_resumable(begun, store, TrainConfig(lr=0.1, seed=4))
 
 
