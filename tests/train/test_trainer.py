@@ -56,9 +56,8 @@ def test_two_workers_train(finished: RunResult, store_path: Path) -> None:
     assert torch.equal(weights(run)["px_r"], read_model(finished.model).module.px_r)
     for model in (finished.model, finished.last):
         assert read_model(model).summary.cells.sum() == store.n_train
-    assert TrainConfig.from_options(run / "config.json") == TrainConfig.from_json(
-        {**SETTINGS, "num_workers": 2}
-    )
+    given = TrainConfig.from_json({**SETTINGS, "num_workers": 2})
+    assert TrainConfig.from_options(run / "config.json") == given.resolved(store.n_train)
     assert json.loads((run / "run.json").read_text())["status"] == "finished"
     kept = sorted(path.name for path in (run / "checkpoints").glob("step_*"))
     assert kept[-1] == f"step_{epochs[-1]['step']:010d}"
