@@ -11,7 +11,7 @@ demo: $(INSTALLED)  ## everything on a synthetic atlas, in a few minutes on two 
 test: $(INSTALLED)  ## the test suite
 	$(VENV)/bin/pytest
 
-chaos: $(INSTALLED)  ## runs that are killed and disturbed, about half an hour on two cores
+chaos: $(INSTALLED)  ## runs that are killed and disturbed, about a quarter of an hour on two cores
 	$(VENV)/bin/pytest tests/chaos -m chaos
 
 lint: $(INSTALLED)  ## style, docstrings and types

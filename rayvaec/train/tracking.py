@@ -157,7 +157,7 @@ class RayMetrics:
             newest |= {**values_of(record), "step": float(record["step"])}
         for name, value in newest.items():
             if name not in self._gauges:
-                about = f"{name} of a rayvaec training run"
+                about = f"rayvaec train: {name} in the newest record of metrics.jsonl"
                 self._gauges[name] = Gauge(f"rayvaec_train_{name}", about, tag_keys=("run",))
             self._gauges[name].set(value, tags=self._tags)
 
