@@ -41,8 +41,12 @@ from rayvaec.kernels.threads import run_all, spans, threads_for
 _F = np.float32
 CHUNK_CELLS = 1024
 """Cells that are worked on at a time."""
-_TILE_GENES = 512
-_GROUPS = 16
+# A tile's activations, 1 MiB, stay in the core's own cache. With few cells tiles are wide: every one
+# costs four calls, between which threads wait for each other.
+_TILE_ENTRIES = 1 << 18
+_TILES = 4
+_GROUPS = 8
+_LINE = 16  # float32s of a cache line
 
 _workspace = threading.local()
 
@@ -202,16 +206,16 @@ class _Work:
     def run(self, rows: slice) -> None:
         """Work through one chunk of cells."""
         n_rows, n_genes = rows.stop - rows.start, self.sums.shape[1]
-        places = tile_places(
-            self.indptr[rows.start : rows.stop + 1], self.indices, _TILE_GENES, n_genes
-        )
-        groups = spans(places.shape[1] - 1, _GROUPS)
+        width = _tile_width(n_rows, n_genes)
+        places = tile_places(self.indptr[rows.start : rows.stop + 1], self.indices, width, n_genes)
+        tiles = [slice(a, min(a + width, n_genes)) for a in range(0, n_genes, width)]
+        groups = spans(len(tiles), _GROUPS)
         losses = np.zeros((len(groups), n_rows))
-        sums_h = _buffer("h", (_GROUPS, CHUNK_CELLS, self.h.shape[1]))[: len(groups), :n_rows]
+        sums_h = _buffer("h", (len(groups), n_rows, self.h.shape[1]))
         run_all(
             [
-                partial(self._group, rows, range(*group), places, losses[i], sums_h[i])
-                for i, group in enumerate(groups)
+                partial(self._group, rows, tiles[a:b], places[:, a:], losses[i], sums_h[i])
+                for i, (a, b) in enumerate(groups)
             ],
             threads_for(n_rows * n_genes),
         )
@@ -222,7 +226,7 @@ class _Work:
     def _group(
         self,
         rows: slice,
-        tiles: range,
+        tiles: list[slice],
         places: NDArray[np.int64],
         loss: NDArray[np.float64],
         sum_h: Tensor,
@@ -230,15 +234,13 @@ class _Work:
         """Work through some tiles: their columns of the gradients, and what they add to h's."""
         with torch.no_grad():  # which is a setting per thread
             h = self.h[rows]
-            for tile in tiles:
-                genes = slice(tile * _TILE_GENES, min((tile + 1) * _TILE_GENES, len(self.bias)))
+            for tile, genes in enumerate(tiles):
                 weight = self.weight[genes]
-                a = _buffer("a", (CHUNK_CELLS * _TILE_GENES,))[: len(h) * len(weight)]
-                a = a.view(len(h), len(weight))
+                a = _buffer("a", (len(h), len(weight)))
                 torch.mm(h, weight.t(), out=a)
                 self._sweep(a.numpy(), rows, genes, places[:, tile : tile + 2], loss)
                 if self.want:
-                    sum_h.addmm_(a, weight, beta=float(tile > tiles.start))
+                    sum_h.addmm_(a, weight, beta=float(tile > 0))
                     self.grads.weight[genes].addmm_(a.t(), h, beta=float(rows.start > 0))
 
     def _sweep(
@@ -266,13 +268,19 @@ class _Work:
         )
 
 
+def _tile_width(n_rows: int, n_genes: int) -> int:
+    """Return how many genes a tile has: even pieces, whole cache lines."""
+    n_tiles = max(_TILES, -(-n_rows * n_genes // _TILE_ENTRIES))
+    return -(-n_genes // n_tiles // _LINE) * _LINE
+
+
 def _buffer(name: str, shape: tuple[int, ...]) -> Tensor:
     """Return memory that this thread keeps.
 
     The first touch of fresh memory costs as much as a product.
     """
-    kept = getattr(_workspace, name, None)
-    if kept is None or kept.shape != shape:
-        kept = torch.empty(shape)
+    kept, size = getattr(_workspace, name, None), math.prod(shape)
+    if kept is None or len(kept) < size:
+        kept = torch.empty(size)
         setattr(_workspace, name, kept)
-    return kept
+    return kept[:size].view(shape)

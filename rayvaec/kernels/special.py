@@ -6,8 +6,8 @@ instead of 5 to 10. Coefficients are Chebyshev fits; errors (largest relative on
 range) are below 3e-7.
 
 Kernels of other modules inline these functions, and numba's cache looks at the calling file only:
-after a change here, touch nb_loss_softplus.py, nb_loss_softmax.py, sparse_linear.py, nb_sweep.py
-and decoded_draws.py.
+after a change here, touch nb_loss_softplus.py, nb_loss_softmax.py, sparse_products.py,
+nb_sweep.py and decoded_draws.py.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def chunks(request, monkeypatch):
     if request.param:
         monkeypatch.setitem(nb_loss_terms.CHUNK_ENTRIES, "cpu", request.param * 257)
         monkeypatch.setattr(nb_loss_softplus, "CHUNK_CELLS", request.param)
-        monkeypatch.setattr(nb_loss_softplus, "_TILE_GENES", 50)
+        monkeypatch.setattr(nb_loss_softplus, "_tile_width", lambda *_: 50)
         monkeypatch.setattr(nb_loss_softplus, "_GROUPS", 4)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rayvaec.errors import ConfigError, CountsError
-from rayvaec.kernels import sparse_linear as module
+from rayvaec.kernels import sparse_products as module
 from rayvaec.kernels.csr import CsrCounts
 from rayvaec.kernels.sparse_linear import sparse_linear
 
