@@ -41,8 +41,8 @@ from rayvaec.kernels.threads import run_all, spans, threads_for
 _F = np.float32
 CHUNK_CELLS = 1024
 """Cells that are worked on at a time."""
-# A tile's activations, 1 MiB, stay in the core's own cache. With few cells tiles are wide: every one
-# costs four calls, between which threads wait for each other.
+# A tile's activations, 1 MiB, stay in the core's own cache. With few cells tiles are wide: every
+# one costs four calls, between which threads wait for each other.
 _TILE_ENTRIES = 1 << 18
 _TILES = 4
 _GROUPS = 8

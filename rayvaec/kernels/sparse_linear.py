@@ -1,7 +1,7 @@
 """The encoder's first layer: counts in CSR times a dense weight.
 
-On the CPU in float32 the product runs over the non-zeros alone (`sparse_products`). Elsewhere chunks
-of cells are made dense.
+On the CPU in float32 the product runs over the non-zeros alone (`sparse_products`). Elsewhere
+chunks of cells are made dense.
 """
 
 from __future__ import annotations

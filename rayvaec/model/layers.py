@@ -16,7 +16,7 @@ from torch.distributions import Normal
 from torch.nn import functional
 
 from rayvaec.kernels.csr import CsrCounts
-from rayvaec.kernels.norm_relu import norm_relu
+from rayvaec.kernels.hidden_layers import Layer, hidden_layers
 from rayvaec.kernels.sparse_linear import sparse_linear
 
 VARIANCE_FLOOR = 1e-4
@@ -51,6 +51,7 @@ class FCLayers(nn.Module):
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
+        self.batch_norm = batch_norm
         self.n_cat_list = [n_cat if n_cat > 1 else 0 for n_cat in n_cat_list]
         widths = [n_in, *[n_hidden] * (n_layers - 1), n_out]
         self.fc_layers = nn.Sequential()
@@ -109,6 +110,8 @@ class FCLayers(nn.Module):
         -------
         Tensor[..., n_cells, n_out]
         """
+        if rows_per_product is None and x.ndim == 2 and self._is_fused(x):
+            return hidden_layers(x, self._codes(*categories), self._layers(x), eps=self._eps)
         covariates = self.covariates(*categories)
         product = partial(_product, rows_per_product)
         a = product(self._first, _joined(x, covariates))
@@ -141,8 +144,11 @@ class FCLayers(nn.Module):
         -------
         Tensor[n_cells, n_out]
         """
-        covariates = self.covariates(*categories)
         first = self._first
+        if beside is None and self._is_fused(first.weight):
+            layers = self._layers(first.weight.new_empty(x.n_cells, 0))
+            return hidden_layers(x, self._codes(*categories), layers, log1p=log1p, eps=self._eps)
+        covariates = self.covariates(*categories)
         dense_inputs = [part for part in (beside, covariates) if part is not None]
         joined = torch.cat(dense_inputs, dim=1) if dense_inputs else None
         if rows_per_product is None or joined is None:
@@ -163,8 +169,38 @@ class FCLayers(nn.Module):
             *batch_norm, norm, _, dropout = rest
             for step in batch_norm:
                 a = step(a)
-            a = norm_relu(a, dropout_mask(dropout, a), cast(nn.LayerNorm, norm).eps)
+            a = functional.relu(norm(a))
+            mask = dropout_mask(dropout, a)
+            a = a if mask is None else a * mask
         return a
+
+    def _is_fused(self, x: Tensor) -> bool:
+        """Whether gradients are wanted where `hidden_layers` computes them."""
+        on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+        return on_cpu and torch.is_grad_enabled() and not self.batch_norm
+
+    @property
+    def _eps(self) -> float:
+        return cast(nn.LayerNorm, cast(nn.Sequential, self.fc_layers[0])[1]).eps
+
+    def _codes(self, *categories: Tensor | None) -> list[Tensor]:
+        """Return which one-hot column each covariate picks, counted over all covariates."""
+        codes, first = [], 0
+        for n_cat, category in zip(self.n_cat_list, categories, strict=True):
+            if n_cat and category is not None:
+                codes.append(category.reshape(-1).long() + first)
+            first += n_cat
+        return codes
+
+    def _layers(self, x: Tensor) -> list[Layer]:
+        """Return the layers, with dropout drawn for the rows of `x`."""
+        layers = []
+        for layer in self.fc_layers:
+            linear, *_, dropout = cast(nn.Sequential, layer)
+            weight, bias = cast(nn.Linear, linear).weight, cast(nn.Linear, linear).bias
+            mask = dropout_mask(dropout, x.new_empty(1).expand(len(x), len(bias)))
+            layers.append(Layer(weight, bias, mask))
+        return layers
 
 
 def dropout_mask(dropout: nn.Module, x: Tensor) -> Tensor | None:
@@ -186,7 +222,8 @@ def dropout_mask(dropout: nn.Module, x: Tensor) -> Tensor | None:
     if isinstance(dropout, nn.Dropout):
         if not dropout.p:
             return None
-        return torch.empty_like(x).bernoulli_(1 - dropout.p).div_(1 - dropout.p)
+        kept = torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1 - dropout.p)
+        return kept.div_(1 - dropout.p)
     return cast(Tensor, cast(Any, dropout).mask(x))
 
 
