@@ -316,8 +316,8 @@ def draw(module: VAEC, cells: Cells, n_samples: int, seed: int, *, first_sample:
     library[filled] = sums
     return _draw_rows(
         module,
-        torch.from_numpy(mean),
-        torch.from_numpy(variance).sqrt(),
+        torch.from_numpy(mean).repeat_interleave(n_samples, 0),
+        torch.from_numpy(variance).sqrt().repeat_interleave(n_samples, 0),
         library,
         cells,
         *(n_samples, seed, first_sample),
@@ -336,7 +336,9 @@ def generate(
     first_sample: int = 0,
     batches: NDArray[np.int64] | None = None,
 ) -> Draws:
-    """Draw new cells: z from the prior N(0, I), then counts given z, label and library size.
+    """Draw new cells: z from the prior, then counts given z, label and library size.
+
+    The prior is N(0, I) or, in models with a mixture, the label's own.
 
     Parameters
     ----------
@@ -361,11 +363,13 @@ def generate(
     empty = np.zeros(0, np.int32)
     indptr = np.zeros(len(labels) + 1, np.int64)
     cells = Cells(indptr, empty, empty, labels, batches, keys)
-    loc = torch.zeros(len(labels), module.config.n_latent)
-    return _draw_rows(
-        *(module, loc, torch.ones_like(loc), library, cells),
-        *(n_samples, seed, first_sample),
-    )
+    rows, samples = _keyed_rows(cells, n_samples, first_sample)
+    # The number after z's own picks the component.
+    n_latent = module.config.n_latent
+    noise = normal_noise(seed, keys[rows], samples, n_latent + 1)[:, n_latent]
+    choice = torch.special.ndtr(torch.from_numpy(noise).double()).to(_device(module))
+    loc, scale = module.prior_of(_codes(labels[rows], _device(module)), choice)
+    return _draw_rows(module, loc, scale, library, cells, n_samples, seed, first_sample)
 
 
 def _draw_rows(
@@ -378,21 +382,28 @@ def _draw_rows(
     seed: int,
     first_sample: int,
 ) -> Draws:
+    """Draw counts; `loc` and `scale` have a row a draw, `library` one a cell."""
     device = _device(module)
-    row = np.repeat(np.arange(len(cells)), n_samples)
-    samples = np.arange(first_sample, first_sample + n_samples, dtype=np.uint64)
-    cell = torch.from_numpy(row)
+    row, samples = _keyed_rows(cells, n_samples, first_sample)
     return draw_rows(
         module,
-        loc[cell].to(device),
-        scale[cell].to(device),
+        loc.to(device),
+        scale.to(device),
         module.library_of(torch.from_numpy(library[row])[:, None].to(device)),
         _codes(cells.labels[row], device),
         None if cells.batches is None else _codes(cells.batches[row], device),
         seed=seed,
         keys=cells.keys[row],
-        samples=np.tile(samples, len(cells)),
+        samples=samples,
     )
+
+
+def _keyed_rows(
+    cells: Cells, n_samples: int, first_sample: int
+) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+    """Return each row's cell, and which of its draws the row is."""
+    samples = np.arange(first_sample, first_sample + n_samples, dtype=np.uint64)
+    return np.repeat(np.arange(len(cells)), n_samples), np.tile(samples, len(cells))
 
 
 def check_draws(n_samples: int, seed: int) -> None:

@@ -17,7 +17,13 @@ from rayvaec.kernels.nb_loss import nb_reconstruction
 from rayvaec.model.config import VAECConfig
 from rayvaec.model.distributions import NegativeBinomial
 from rayvaec.model.layers import Encoder, FCLayers
-from rayvaec.model.losses import MIXTURE_DRAWS, kl_to_mixture, kl_to_standard_normal, mixture
+from rayvaec.model.losses import (
+    MIXTURE_DRAWS,
+    MIXTURE_FLOOR,
+    kl_to_mixture,
+    kl_to_standard_normal,
+    mixture,
+)
 
 BATCH_DIMENSIONS = 5
 """Dimensions of the softmax form's batch embedding, as in scvi-tools."""
@@ -171,6 +177,29 @@ class VAECNetwork(nn.Module):
         if noise is None:
             noise = torch.randn((MIXTURE_DRAWS, *qz.loc.shape), device=qz.loc.device)
         return kl_to_mixture(qz, *self._components(y), noise)
+
+    def prior_of(self, y: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of z's prior, of one component of a mixture.
+
+        Parameters
+        ----------
+        y : Tensor[n_cells, 1], label codes
+        choice : Tensor[n_cells], float64
+            Uniform on [0, 1): picks the component, each as often as its weight says.
+
+        Returns
+        -------
+        tuple of Tensor[n_cells, n_latent]
+        """
+        if self.config.prior == "normal":
+            loc = self.px_r.new_zeros(len(y), self.config.n_latent)
+            return loc, torch.ones_like(loc)
+        means, log_std, logits = self._components(y)
+        reached = torch.softmax(logits.double(), 1).cumsum(1) <= choice[:, None]
+        # Rounding may leave the last sum a little below 1.
+        component = reached.sum(1).clamp_max(logits.shape[1] - 1)
+        rows = torch.arange(len(y), device=y.device)
+        return means[rows, component], torch.exp(log_std[rows, component]) + MIXTURE_FLOOR
 
     def prior_log_prob(self, z: Tensor, y: Tensor) -> Tensor:
         """Return the log-density of the prior.

@@ -89,6 +89,38 @@ def test_generated_counts_follow_the_model(module):
         assert chisquare(observed, share * observed.sum()).pvalue > 1e-5
 
 
+def test_new_cells_of_a_mixture_prior_come_from_the_mixture_of_their_label():
+    module, n = make_module(generative="softmax", n_batch=1, prior="mog", num_classes_mog=3), 20_000
+    with torch.no_grad():
+        module.prior_logits[1] = torch.tensor([0.0, 1.0, -1.0])
+    labels, library = np.ones(1, np.int64), np.full(1, 60, np.float32)
+    found = []
+    for keys in (cell_keys(["a"]), cell_keys(["b"])):
+        draws = posterior.generate(module, labels, library, keys, n, 0)
+        found.append(dense_draws(draws, n)[0])
+    assert not np.array_equal(*found)
+    weights = torch.softmax(module.prior_logits[1], 0).detach().double()
+    with torch.no_grad():
+        # By quadrature over the components: as many z of each, weighted.
+        noise = torch.randn(4000, 5, generator=torch.Generator().manual_seed(0))
+        z = module.prior_means[1][:, None] + module.prior_log_std[1].exp()[:, None] * noise
+        y = torch.ones(4000, 1, dtype=torch.long)
+        rate = [module.decode(part, torch.full((4000, 1), 60.0), y).double() for part in z]
+    theta = module.px_r.exp().double().detach().numpy()
+    for gene in range(0, N_GENES, 3):
+        expected = np.zeros(40)
+        for weight, mu in zip(weights.tolist(), rate, strict=True):
+            p = theta[gene] / (theta[gene] + mu[:, gene].numpy())
+            expected += weight * nbinom.pmf(np.arange(40)[:, None], theta[gene], p).mean(1)
+        large = np.flatnonzero(expected * n > 20)
+        observed = np.bincount(found[0][:, gene], minlength=40)[large]
+        share = expected[large] / expected[large].sum()
+        assert chisquare(observed, share * observed.sum()).pvalue > 1e-5
+    # A draw does not depend on how many are drawn, nor from which one on.
+    later = posterior.generate(module, labels, library, cell_keys(["b"]), 3, 0, first_sample=100)
+    np.testing.assert_array_equal(dense_draws(later, 3)[0], found[1][100:103])
+
+
 def test_elbo_is_below_the_likelihood_and_finite(module, cells):
     bound = posterior.elbo(module, cells)
     assert bound.shape == (N_CELLS,)
