@@ -368,6 +368,7 @@ def _announce(registries: Mapping[str, Registry], host: str, port: int, token: b
         sizes = [f"{each}: {size}" for each, size in zip(registries, sizes, strict=True)]
     print(
         f"ready: {url} ({'; '.join(sizes)})\n"
+        f"page:  {url}/\n"
         f"docs:  {url}/docs\n"
         f"try:   curl -s {url}{route}{header} -H 'Content-Type: application/json' "
         f"-d {shlex.quote(body)}",

@@ -18,10 +18,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rayvaec.errors import CountsError, ModelError, RayvaecError, RequestError
 from rayvaec.serve.auth import TOKEN_VARIABLE, arrived_on_loopback, authorized
 from rayvaec.serve.limits import Gate, Limits
+from rayvaec.serve.page import PATHS as PAGE_PATHS
 
 logger = logging.getLogger("rayvaec")
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs"})
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", *PAGE_PATHS})
 """Paths that need no token, as those below /docs do not: they tell nothing about the models."""
 
 _REQUEST_ID = "X-Request-ID"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from typing import Annotated
 
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
@@ -19,8 +20,10 @@ from rayvaec.serve.guard import Guard, problem_response, request_id_of
 from rayvaec.serve.limits import Limits, read_body
 from rayvaec.serve.media import accepted, content_type, is_gzipped
 from rayvaec.serve.openapi import Route
-from rayvaec.serve.schemas import ModelAnswer, ModelEntry, ModelsAnswer, StatusAnswer
+from rayvaec.serve.page import add_page
+from rayvaec.serve.schemas import ModelAnswer, ModelEntry, ModelsAnswer, Problem, StatusAnswer
 from rayvaec.serve.service import Service
+from rayvaec.serve.summary import SummaryAnswer, summary_answer
 from rayvaec.serve.tasks import Task
 from rayvaec.serve.wire import ARROW, H5AD, JSON
 
@@ -70,6 +73,7 @@ def create_app(
     app.add_exception_handler(HTTPException, _no_such_route)
     app.add_exception_handler(RequestValidationError, _not_valid)
     add_docs(app)
+    add_page(app)
     _add_status(app)
     _add_list(app, services)
     for name, service in services.items():
@@ -117,6 +121,7 @@ def _add_all(app: FastAPI, service: Service, prefix: str, tag: str, shown: bool)
     """Add the routes of one model; unless `shown`, /openapi.json does not hold them."""
     router = APIRouter(prefix=prefix, tags=[tag], include_in_schema=shown)
     _add_model(router, service)
+    _add_summary(router, service)
     for route in openapi.ROUTES:
         _add_work(router, service, route)
     app.include_router(router)
@@ -137,6 +142,28 @@ def _add_model(router: APIRouter, service: Service) -> None:
             media_type=JSON,
             headers={"X-Rayvaec-Model": service.model.hash},
         )
+
+
+def _add_summary(router: APIRouter, service: Service) -> None:
+    refusals = openapi.problems(401, 422)
+    refusals[404] = {"model": Problem, "description": "The model has no summary"}
+
+    @router.get(
+        "/summary",
+        summary="What the training data looks like: library sizes, and counts of some genes",
+        responses=refusals,
+    )
+    async def summary(
+        response: Response,
+        gene: Annotated[
+            list[str], Query(description="A gene whose counts are told; may be repeated")
+        ] = [],  # noqa: B006 - FastAPI copies it
+        profile: Annotated[
+            str | None, Query(description="A label of which every gene's mean is told")
+        ] = None,
+    ) -> SummaryAnswer:
+        response.headers["X-Rayvaec-Model"] = service.model.hash
+        return summary_answer(service.model, gene, profile)
 
 
 def _add_work(router: APIRouter, service: Service, route: Route) -> None:

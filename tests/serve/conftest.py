@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,10 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from rayvaec.data.store import open_store
+from rayvaec.data.summary import summarise
 from rayvaec.infer.trained import TrainedModel, load_model
+from rayvaec.model.summary import TrainingSummary
 from rayvaec.serve.limits import Limits
 from rayvaec.serve.routes import create_app
 from rayvaec.serve.service import Service
@@ -54,6 +58,23 @@ class Http:
 def trained(model_path: Path) -> TrainedModel:
     """The model that the tests' server holds."""
     return load_model(model_path)
+
+
+@pytest.fixture(scope="session")
+def summary(store_path: Path) -> TrainingSummary:
+    """What the training data of the tests' model looks like."""
+    return summarise(open_store(store_path))
+
+
+@pytest.fixture(scope="session")
+def summarised(
+    model_path: Path, summary: TrainingSummary, tmp_path_factory: pytest.TempPathFactory
+) -> TrainedModel:
+    """The same model with that summary."""
+    path = tmp_path_factory.mktemp("summarised") / "model"
+    shutil.copytree(model_path, path)
+    summary.save(path)
+    return load_model(path)
 
 
 @pytest.fixture(scope="session")
