@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,9 +79,10 @@ class Server:
         """Return the processes below the command whose title begins with `name`."""
         found = []
         for pid in _below(self.process.pid):
-            title = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-            if title.startswith(name):
-                found.append(pid)
+            with suppress(OSError):  # processes come and go
+                title = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+                if title.startswith(name):
+                    found.append(pid)
         return found
 
     def cpu_seconds(self) -> float:
@@ -96,9 +97,10 @@ class Server:
 
 def _below(pid: int) -> Iterator[int]:
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, task.read_text().split()):
-            yield child
-            yield from _below(child)
+        with suppress(OSError):
+            for child in map(int, task.read_text().split()):
+                yield child
+                yield from _below(child)
 
 
 def _cpu_seconds(pid: int) -> float:
