@@ -16,7 +16,12 @@ def add_serve(verbs: Verbs) -> None:
     )
     verb.add_argument("--host", default="127.0.0.1", help="another address needs a token")
     verb.add_argument("--port", type=int, default=8000, help="0 for any that is free")
-    verb.add_argument("--num-replicas", type=int, default=1, metavar="N")
+    verb.add_argument(
+        "--num-replicas",
+        default="1",
+        metavar="N|N-M",
+        help="processes; 1-4: as the load asks",
+    )
     verb.add_argument("--token-file", type=Path, metavar="FILE", help="or RAYVAEC_TOKEN")
     verb.add_argument("--use-gpu", action="store_true", help="one GPU a replica")
     verb.set_defaults(run=_serve)

@@ -25,6 +25,7 @@ from rayvaec.runtime import ray_session, usable_cpus
 from rayvaec.serve.auth import TOKEN_VARIABLE, check_bind, token_digest
 from rayvaec.serve.limits import Limits
 from rayvaec.serve.models import ONLY_NAME, check_names
+from rayvaec.serve.replicas import cpus_per_replica, replica_range, scaling
 from rayvaec.serve.routes import create_app
 from rayvaec.serve.service import Service, Threads
 
@@ -49,8 +50,8 @@ class ServeArgs(BaseModel):
         File with the token, as every node sees it; by default RAYVAEC_TOKEN of the replicas.
     token_sha256 : str, optional
         SHA-256 of the token, in place of the token itself.
-    num_replicas : int
-        Processes that hold the model and answer requests.
+    num_replicas : int or str
+        Processes that hold the models and answer requests; ``"1-4"``: as many as the load asks for.
     cpus_per_replica : float
         CPUs that Ray sets aside for each; a replica draws on so many threads.
     use_gpu : bool
@@ -65,7 +66,7 @@ class ServeArgs(BaseModel):
     models: dict[str, str] = {}
     token_file: str | None = None
     token_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
-    num_replicas: int = Field(1, ge=1)
+    num_replicas: int | str = 1
     cpus_per_replica: float = Field(1.0, gt=0)
     use_gpu: bool = False
     limits: Limits = Limits()
@@ -75,6 +76,7 @@ class ServeArgs(BaseModel):
         if (self.model is None) == (not self.models):
             raise ValueError("needs model: FOLDER or models: {NAME: FOLDER, ...}, one of the two")
         check_names(self.named_models)
+        replica_range(self.num_replicas)
         return self
 
     @property
@@ -135,8 +137,8 @@ def build(args: ServeArgs) -> serve.Application:
         actor["num_gpus"] = 1
     return serve.deployment(
         name="Endpoint",
-        num_replicas=args.num_replicas,
         ray_actor_options=actor,
+        **scaling(args.num_replicas),
         # The gate within refuses with a reason; Serve's own queue is the wall behind it.
         max_ongoing_requests=args.limits.max_requests + HEALTH_PLACES,
         max_queued_requests=16 * args.limits.max_requests,
@@ -152,7 +154,7 @@ def run(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
-    num_replicas: int = 1,
+    num_replicas: int | str = 1,
     use_gpu: bool = False,
     token_file: str | Path | None = None,
 ) -> None:
@@ -166,8 +168,8 @@ def run(
         Address to listen on; any but a loopback address needs a token.
     port : int
         Port to listen on, 0 for any that is free.
-    num_replicas : int
-        Processes that hold the model and answer requests.
+    num_replicas : int or str
+        As in `ServeArgs`.
     use_gpu : bool
         Whether each replica takes a GPU.
     token_file : str or Path, optional
@@ -187,10 +189,11 @@ def run(
     registries = {name: load_model(path).registry for name, path in paths.items()}
     digest = token_digest(token_file)
     check_bind(host, digest is not None)
+    _, most = replica_range(num_replicas)
     joined = "RAY_ADDRESS" in os.environ
     if not joined:
         port = check_port(host, port)
-        cpus = _cpus_per_replica(num_replicas, use_gpu, *_own_resources())
+        cpus = cpus_per_replica(most, use_gpu, *_own_resources())
     with _stopped_by_signals() as stopped:
         folders = ", ".join(map(str, paths.values()))
         print(f"loading {folders} on {num_replicas} replica(s)", flush=True)
@@ -198,7 +201,7 @@ def run(
             with ray_session():
                 _take_signals(stopped)  # Ray puts its own handler for SIGTERM
                 if joined:
-                    cpus = _cpus_per_replica(num_replicas, use_gpu, *_cluster_resources())
+                    cpus = cpus_per_replica(most, use_gpu, *_cluster_resources())
                 args = ServeArgs(
                     models={name: str(path) for name, path in paths.items()},
                     token_sha256=digest,
@@ -264,23 +267,6 @@ def _cluster_resources() -> tuple[float, float]:
 
     have = ray.cluster_resources()
     return have.get("CPU", 0.0), have.get("GPU", 0.0)
-
-
-def _cpus_per_replica(num_replicas: int, use_gpu: bool, cpus: float, gpus: float) -> float:
-    """Share out CPUs; refuse replicas that would wait for ever for theirs."""
-    if num_replicas < 1:
-        raise ConfigError(f"--num-replicas {num_replicas} serves nothing", "give 1 or more")
-    if num_replicas > cpus:
-        raise ConfigError(
-            f"--num-replicas {num_replicas} needs as many CPUs and there are {cpus:g}",
-            f"use {max(int(cpus), 1)} or fewer, or a larger cluster",
-        )
-    if use_gpu and num_replicas > gpus:
-        raise ConfigError(
-            f"--use-gpu with --num-replicas {num_replicas} needs as many GPUs, there are {gpus:g}",
-            "use fewer replicas, or leave --use-gpu out",
-        )
-    return float(cpus // num_replicas)
 
 
 @contextmanager

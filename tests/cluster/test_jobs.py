@@ -174,28 +174,33 @@ def test_the_workflow_from_h5ad_to_a_served_draw(head: Head, atlas_h5ad: Path) -
 
 
 def _serve(head: Head) -> None:
-    """Deploy jobs/serve.yaml with this run's model, a token and a free port, and ask for draws."""
-    config = yaml.safe_load((ROOT / "jobs" / "serve.yaml").read_text())
-    token = head.storage / "serve-token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
+    """Deploy jobs/serve.yaml and then KubeRay's Serve section; ask for draws after each."""
+    plain = yaml.safe_load((ROOT / "jobs" / "serve.yaml").read_text())
+    manifest = yaml.safe_load((ROOT / "jobs" / "kuberay" / "service.yaml").read_text())
     (port,) = _free_ports(1)
-    config["http_options"] |= {"host": "127.0.0.1", "port": port}
-    (application,) = config["applications"]
-    application["args"] |= {
-        "model": str(head.storage / "run" / "model"),
-        "token_file": str(token),
-        "num_replicas": 1,
-        "cpus_per_replica": 1,
-    }
-    (head.storage / "serve.yaml").write_text(yaml.safe_dump(config))
-    deployed = head.run(
-        "serve", "deploy", "--address", head.dashboard, str(head.storage / "serve.yaml")
-    )
-    assert deployed.returncode == 0, deployed.stdout
+    for config in (plain, yaml.safe_load(manifest["spec"]["serveConfigV2"])):
+        token = head.storage / f"serve-token-{secrets.token_hex(4)}"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        config["http_options"] |= {"host": "127.0.0.1", "port": port}
+        (application,) = config["applications"]
+        application["args"] |= {
+            "model": str(head.storage / "run" / "model"),
+            "token_file": str(token),
+            "cpus_per_replica": 0.4,
+        }
+        (head.storage / "serve.yaml").write_text(yaml.safe_dump(config))
+        deployed = head.run(
+            "serve", "deploy", "--address", head.dashboard, str(head.storage / "serve.yaml")
+        )
+        assert deployed.returncode == 0, deployed.stdout
+        url = f"http://127.0.0.1:{port}{application.get('route_prefix', '/').rstrip('/')}"
+        _ask(url, token.read_text(), head)
 
-    url = f"http://127.0.0.1:{port}{application.get('route_prefix', '/').rstrip('/')}"
-    _wait_until_ready(url, head)
+
+def _ask(url: str, token: str, head: Head) -> None:
+    """Wait until the deployed endpoint takes its token, and ask for draws without and with it."""
+    _wait_until_ready(url, token, head)
     model = anndata.read_zarr(head.storage / "draws.zarr")
     request = {
         "cells": {"indptr": [0, 2], "indices": [0, 3], "counts": [5, 1]},
@@ -208,17 +213,19 @@ def _serve(head: Head) -> None:
     answer = httpx.post(
         f"{url}/v1/sample",
         json=request,
-        headers={"Authorization": f"Bearer {token.read_text()}"},
+        headers={"Authorization": f"Bearer {token}"},
         timeout=60,
     )
     assert answer.status_code == 200, answer.text
 
 
-def _wait_until_ready(url: str, head: Head) -> None:
+def _wait_until_ready(url: str, token: str, head: Head) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         try:
-            if httpx.get(f"{url}/readyz").status_code == 200:
+            authorization = {"Authorization": f"Bearer {token}"}
+            described = httpx.get(f"{url}/v1/model", headers=authorization)
+            if described.status_code == 200 and httpx.get(f"{url}/readyz").status_code == 200:
                 return
         except httpx.TransportError:
             pass

@@ -42,7 +42,6 @@ def test_the_arguments_of_a_config_file_are_checked():
         {"model": "m", "models": several},
         {"models": ["a", "b"]},
         {"model": "m", "modle": "m"},
-        {"model": "m", "num_replicas": 0},
         {"model": "m", "token_sha256": TOKEN},
         {"model": "m", "limits": {"max_sells": 5}},
     ):
@@ -50,6 +49,9 @@ def test_the_arguments_of_a_config_file_are_checked():
             ServeArgs.model_validate(wrong)
     with pytest.raises(ConfigError, match="'a/b' cannot be the name of a model"):
         ServeArgs.model_validate({"models": {"a/b": "m"}})
+    for wrong in ("four", "2-1", "0-2", -1):
+        with pytest.raises(ConfigError, match=f"--num-replicas {wrong} "):
+            ServeArgs.model_validate({"model": "m", "num_replicas": wrong})
     with pytest.raises(ConfigError, match="limit max_cells is 0"):
         ServeArgs.model_validate({"model": "m", "limits": {"max_cells": 0}})
 
@@ -63,6 +65,14 @@ def test_the_deployment_refuses_before_serves_queue_does():
     assert deployment.max_ongoing_requests > args.limits.max_requests
     assert deployment.backpressure_config.status_code == 429
     assert deployment._deployment_config.graceful_shutdown_timeout_s > args.limits.timeout_s
+
+
+def test_a_range_of_replicas_follows_the_load():
+    deployment = build(ServeArgs(model="m", num_replicas="2-5"))._bound_deployment
+    scaling = deployment._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (2, 5)
+    assert 2 < scaling.target_ongoing_requests < Limits().max_requests
+    assert build(ServeArgs(model="m", num_replicas="3"))._bound_deployment.num_replicas == 3
 
 
 def test_the_config_file_fits_serves_schema_and_the_builder():
@@ -116,6 +126,7 @@ def test_an_address_that_cannot_be_listened_on_is_refused(host, port, words):
         ({"token_file": "nowhere"}, ConfigError, "cannot read the token file nowhere"),
         ({"port": 99999}, ConfigError, "no port"),
         ({"num_replicas": 0}, ConfigError, "serves nothing"),
+        ({"num_replicas": "1-10000"}, ConfigError, "--num-replicas 10000 needs as many CPUs"),
         ({"num_replicas": 10_000}, ConfigError, "--num-replicas 10000 needs as many CPUs"),
         ({"use_gpu": True, "num_replicas": 1}, ConfigError, "--use-gpu .* needs as many GPUs"),
     ],
