@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,9 @@ class Width(NamedTuple):
 class Quantity(Protocol):
     """A result with one entry of fixed width a cell."""
 
+    keyed: ClassVar[bool]
+    """Whether it depends on the keys of the cells' noise."""
+
     def widths(self, module: VAEC) -> dict[str, Width]:
         """Return the arrays to fill, by their path in the AnnData, such as ``obsm/X_rayvaec``."""
         ...
@@ -55,6 +58,8 @@ class Quantity(Protocol):
 @dataclass(frozen=True)
 class Latent:
     """Mean and variance of q(z | x, y)."""
+
+    keyed: ClassVar[bool] = False
 
     def widths(self, module: VAEC) -> dict[str, Width]:
         """Return ``obsm/X_rayvaec`` and ``obsm/X_rayvaec_var``, [n_cells, n_latent]."""
@@ -70,6 +75,8 @@ class Latent:
 @dataclass(frozen=True)
 class Expression:
     """Denoised expression: each gene's share of the expected counts."""
+
+    keyed: ClassVar[bool] = False
 
     def widths(self, module: VAEC) -> dict[str, Width]:
         """Return ``layers/expression``, [n_cells, n_genes]."""
@@ -91,6 +98,7 @@ class Elbo:
     """
 
     seed: int = 0
+    keyed: ClassVar[bool] = True
 
     def widths(self, module: VAEC) -> dict[str, Width]:
         """Return ``obs/elbo`` and ``obs/reconstruction_error``, [n_cells]."""
@@ -114,6 +122,7 @@ class MarginalLL:
 
     n_samples: int
     seed: int = 0
+    keyed: ClassVar[bool] = True
 
     def widths(self, module: VAEC) -> dict[str, Width]:
         """Return ``obs/marginal_ll``, [n_cells]."""
@@ -139,6 +148,7 @@ class Moments:
     n_samples: int
     seed: int
     reduce: tuple[str, ...]
+    keyed: ClassVar[bool] = True
 
     def widths(self, module: VAEC) -> dict[str, Width]:
         """Return one layer a reduction, [n_cells, n_genes]."""
@@ -182,6 +192,7 @@ class Draws:
 
     n_samples: int
     seed: int
+    keyed: ClassVar[bool] = True
 
 
 def check_reductions(reduce: tuple[str, ...]) -> None:

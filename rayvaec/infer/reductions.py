@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,9 @@ class Names(NamedTuple):
 
 class Reduction(ABC):
     """A result whose size does not depend on the number of cells."""
+
+    keyed: ClassVar[bool] = False
+    """Whether it depends on the keys of the cells' noise."""
 
     @abstractmethod
     def part(self, module: VAEC, cells: Cells, rows: Rows) -> Arrays:
@@ -138,6 +141,7 @@ class DifferentialExpression(Reduction):
     names: tuple[str, ...]
     contrasts: tuple[Contrast, ...]
     how: Comparison
+    keyed: ClassVar[bool] = True
 
     def part(self, module: VAEC, cells: Cells, rows: Rows) -> Arrays:
         """Return the region's summary of the groups."""

@@ -109,8 +109,8 @@ class RegionWorker:
         """
         start = number * self._work.region
         stop = min(start + self._work.region, self._store.n_cells)
-        rows, names, cells = self._cells.read(start, stop)
         quantity = self._work.quantity
+        rows, names, cells = self._cells.read(start, stop, keyed=quantity.keyed)
         if isinstance(quantity, Reduction):
             part = quantity.part(self._model.module, cells, rows)
             np.savez_compressed(part_path(self._work.parts, number), allow_pickle=False, **part)

@@ -66,13 +66,16 @@ class StoreCells:
                 )
             self._batches = _matched(own.batches, registry.batches, "batch", store)
 
-    def read(self, start: int, stop: int) -> tuple[Rows, list[str], Cells]:
+    def read(self, start: int, stop: int, *, keyed: bool = True) -> tuple[Rows, list[str], Cells]:
         """Read consecutive cells.
 
         Parameters
         ----------
         start, stop : int
             Rows of the store.
+        keyed : bool
+            Whether the keys of the cells' noise are needed; 0 stands for them otherwise. Hashing
+            the names takes longer than reading the counts.
 
         Returns
         -------
@@ -98,7 +101,7 @@ class StoreCells:
             counts=counts,
             labels=self._labels[rows.labels],
             batches=batches,
-            keys=cell_keys(names),
+            keys=cell_keys(names) if keyed else np.zeros(len(names), np.uint64),
         )
         return rows, names, cells
 
