@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from rayvaec.compiled import compiled
 from rayvaec.data.align import align_columns
 from rayvaec.data.names import choices, listing
 from rayvaec.data.registry import Registry, inverse
 from rayvaec.data.store import Rows, Store
 from rayvaec.errors import ModelError
 from rayvaec.infer.posterior import Cells
+from rayvaec.kernels.csr import is_ascending
 from rayvaec.kernels.keys import cell_keys
 
 logger = logging.getLogger("rayvaec")
@@ -85,7 +84,7 @@ class StoreCells:
         rows = self._store.read(start, stop)
         names = self._store.obs_names(start, stop)
         indptr, indices, counts = rows.indptr, rows.indices, rows.counts
-        if self._moves or not _is_canonical(indptr, indices, counts):
+        if self._moves or not (counts.all() and is_ascending(indptr, indices)):
             x = csr_array(
                 (counts.astype(np.int32), indices.astype(np.int32), indptr),
                 shape=(len(rows), len(self._columns)),
@@ -104,18 +103,6 @@ class StoreCells:
             keys=cell_keys(names) if keyed else np.zeros(len(names), np.uint64),
         )
         return rows, names, cells
-
-
-@compiled
-def _is_canonical(indptr: NDArray[Any], indices: NDArray[Any], counts: NDArray[Any]) -> bool:
-    """Whether the genes of every row ascend and no count is zero."""
-    for row in range(len(indptr) - 1):
-        for entry in range(indptr[row], indptr[row + 1]):
-            if counts[entry] == 0:
-                return False
-            if entry > indptr[row] and indices[entry] <= indices[entry - 1]:
-                return False
-    return True
 
 
 def _matched(
