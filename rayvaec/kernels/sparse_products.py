@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rayvaec.compiled import compiled
 from rayvaec.kernels.csr import CsrCounts, checked_arrays, tile_places
-from rayvaec.kernels.special import add_scaled
+from rayvaec.kernels.special import add_scaled, add_scaled_4
 from rayvaec.kernels.threads import run_all, spans, thread_count, threads_for
 
 _F = np.float32
@@ -53,7 +53,18 @@ def _forward(
     """Add every row's weighted sum of `columns` to `out`, tile of genes by tile."""
     for tile in range(places.shape[1] - 1):
         for row in range(len(out)):
-            for i in range(places[row, tile], places[row, tile + 1]):
+            first, last = places[row, tile], places[row, tile + 1]
+            fours = first + (last - first) // 4 * 4
+            for i in range(first, fours, 4):
+                add_scaled_4(
+                    out[row],
+                    columns[np.uint32(indices[i])],
+                    columns[np.uint32(indices[i + 1])],
+                    columns[np.uint32(indices[i + 2])],
+                    columns[np.uint32(indices[i + 3])],
+                    values[i : i + 4],
+                )
+            for i in range(fours, last):
                 add_scaled(out[row], columns[np.uint32(indices[i])], values[i])
 
 
