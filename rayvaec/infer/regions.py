@@ -113,7 +113,7 @@ class RegionWorker:
         rows, names, cells = self._cells.read(start, stop, keyed=quantity.keyed)
         if isinstance(quantity, Reduction):
             part = quantity.part(self._model.module, cells, rows)
-            np.savez_compressed(part_path(self._work.parts, number), allow_pickle=False, **part)
+            np.savez(part_path(self._work.parts, number), allow_pickle=False, **part)
             return {}
         write_obs(self._root, self._store.registry, start, names, rows.labels, rows.batches)
         if not isinstance(quantity, Draws):
