@@ -46,7 +46,7 @@ from rayvaec.model.saved import save_model
 from rayvaec.model.vaec import VAEC
 
 FIGURES = ("latent", "expression", "moments", "draws", "memory")
-MINIBATCH = 32768
+MINIBATCH = 16384
 NNZ = 190
 
 

@@ -100,7 +100,8 @@ def _results(
     """Yield items and results as they come; after an error, those under way and then the error."""
     import ray
 
-    waiting, idle = list(calls.items())[::-1], list(workers)
+    # A second call waits at every worker, which so need not wait for the record of its first.
+    waiting, idle = list(calls.items())[::-1], [*workers, *workers]
     running: dict[Any, tuple[int, Any]] = {}
     failure: Exception | None = None
     while running or (waiting and failure is None):

@@ -32,8 +32,8 @@ from rayvaec.runtime import check_cpus, check_gpus, check_job_paths, check_seen,
 
 logger = logging.getLogger("rayvaec")
 
-REGION_BYTES = 128 * 2**20
-MIN_REGION, MAX_REGION = 64, 32768
+REGION_BYTES = 64 * 2**20
+MIN_REGION, MAX_REGION = 64, 16384
 
 _BYTES_A_VALUE = 16
 """An index and a count: as stored or drawn, and as kept."""

@@ -291,13 +291,15 @@ def test_a_rerun_does_what_is_missing(
         bulk.sample_store(model_path, store_path, out, 3, seed=5)
     assert not out.exists()
     computed = set(tmp_path.glob("computed *"))
-    assert {path.name for path in computed} == {"computed 0", "computed 1", "computed 2"}
+    finished = {path.name for path in computed}
+    # The one after the failed one was on its way.
+    assert finished == {"computed 0", "computed 1", "computed 2", "computed 4"}
     for path in computed:
         path.unlink()
     (tmp_path / "mended").touch()
     bulk.sample_store(model_path, store_path, out, 3, seed=5)
     again = {path.name for path in tmp_path.glob("computed *")}
-    assert again == {"computed 3", "computed 4"}
+    assert again == {"computed 3"}
     assert _files(out) == _files(undisturbed)
     assert not (tmp_path / "out.zarr.partial").exists()
 
@@ -324,7 +326,7 @@ def test_a_rerun_of_a_comparison_does_what_is_missing(
     (tmp_path / "mended").touch()
     bulk.differential_expression_store(model_path, store_path, out, how=how)
     again = {path.name for path in tmp_path.glob("computed *")}
-    assert again == {"computed 3", "computed 4"}
+    assert again == {"computed 3"}
     _same_table(out, model.differential_expression(in_memory, n_samples_overall=50))
     assert not (tmp_path / "out.csv.partial").exists()
 
