@@ -208,10 +208,7 @@ def measure(options: Namespace, folder: Path) -> None:
     if "expression" in options.only:
         compared(
             *("bulk_expression_by_label", options.n_cells),
-            *(
-                lambda part: posterior.expression(module, part.part(0, 4096)),
-                [some[0].part(0, 4096)],
-            ),
+            *(lambda part: posterior.expression(module, part), [some[0].part(0, 4096)]),
             *(bulk.expression_store, *paths),
             by_label=True,
         )
