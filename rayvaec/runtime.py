@@ -7,9 +7,11 @@ machine, and whoever reaches an unauthenticated one can run code.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import secrets
+import shutil
 import socket
 import sys
 import tempfile
@@ -23,6 +25,7 @@ from rayvaec.location import Location, Url, location
 
 CONNECT_TIMEOUT_S = 10
 """How long a Ray may take to accept a connection."""
+TRUSTED_ADVICE = "name the cluster's own by RAY_AUTH_TOKEN_PATH, with RAY_AUTH_MODE=token"
 
 
 def usable_cpus() -> int:
@@ -41,6 +44,7 @@ def require_token() -> None:
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     if "ray" in sys.modules:
         # Ray read these variables when it was imported; this is how its own code reads them again.
         from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
@@ -77,6 +81,10 @@ def start_ray(num_cpus: int | None = None) -> bool:
         try:
             _check_answering(address)
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        except ray.exceptions.AuthenticationError as error:
+            raise ConfigError(
+                f"the Ray at RAY_ADDRESS={address} wants a token and there is none", TRUSTED_ADVICE
+            ) from error
         except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"no Ray answers at RAY_ADDRESS={address} ({error})",
@@ -125,8 +133,7 @@ def _ask_for_cluster(address: str) -> None:
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.UNAUTHENTICATED:
                 raise ConfigError(
-                    f"the Ray at RAY_ADDRESS={address} does not accept this token",
-                    "name the cluster's own by RAY_AUTH_TOKEN_PATH, with RAY_AUTH_MODE=token",
+                    f"the Ray at RAY_ADDRESS={address} does not accept this token", TRUSTED_ADVICE
                 ) from error
             raise ConnectionError(f"what listens is no Ray: {error.code().name}") from error
 

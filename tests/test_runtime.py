@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 import pytest
@@ -14,6 +16,8 @@ from rayvaec.runtime import check_cpus, ray_session, require_token, start_ray
 def test_a_fresh_token_is_private(monkeypatch):
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
+    at_exit = []
+    monkeypatch.setattr("atexit.register", lambda *work, **given: at_exit.append((work, given)))
     require_token()
     path = os.environ["RAY_AUTH_TOKEN_PATH"]
     assert os.environ["RAY_AUTH_MODE"] == "token"
@@ -22,6 +26,7 @@ def test_a_fresh_token_is_private(monkeypatch):
         assert len(file.read()) == 64
     require_token()
     assert os.environ["RAY_AUTH_TOKEN_PATH"] == path
+    assert at_exit == [((shutil.rmtree, Path(path).parent), {"ignore_errors": True})]
 
 
 @pytest.mark.ray
@@ -72,6 +77,20 @@ def test_what_listens_and_is_not_our_ray_is_refused_at_once(answering, monkeypat
     monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray would try for long"))
     monkeypatch.setenv("RAY_ADDRESS", answering(code))
     with pytest.raises(ConfigError, match=said):
+        start_ray()
+
+
+def test_a_missing_token_is_a_mistake(monkeypatch):
+    import ray
+
+    def init(**_):
+        raise ray.exceptions.AuthenticationError("no token was found\nlook here")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr("rayvaec.runtime._check_answering", lambda _: None)
+    with pytest.raises(ConfigError, match="RAY_ADDRESS=auto wants a token and there is none; name"):
         start_ray()
 
 
