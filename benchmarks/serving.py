@@ -229,21 +229,29 @@ def _accounted(load: Load, server: Server) -> Iterator[None]:
     load.server_cpu += server.cpu_seconds() - cpu
 
 
+async def _running(seconds: float) -> None:
+    """Wait until this process has run for so long; it may be stopped and continued meanwhile."""
+    while seconds > 0:
+        before = time.perf_counter()
+        await asyncio.sleep(0.05)
+        seconds -= min(time.perf_counter() - before, 1.0)
+
+
 def closed_loop(server: Server, request: bytes, clients: int, seconds: float) -> Load:
     """Have so many clients each send the request again as soon as its answer has come."""
     load = Load()
 
-    async def client(until: float) -> None:
+    async def client(timer: asyncio.Task[None]) -> None:
         connection = Connection(server.port)
-        while time.perf_counter() < until:
+        while not timer.done():
             sent = time.perf_counter()
             status, headers = await connection.ask(request)
             load.note(status, headers, time.perf_counter() - sent)
         connection.close()
 
     async def go() -> None:
-        until = time.perf_counter() + seconds
-        await asyncio.gather(*(client(until) for _ in range(clients)))
+        timer = asyncio.create_task(_running(seconds))
+        await asyncio.gather(*(client(timer) for _ in range(clients)))
 
     with _accounted(load, server):
         asyncio.run(go())

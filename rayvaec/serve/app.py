@@ -22,6 +22,7 @@ from rayvaec.data.registry import Registry
 from rayvaec.errors import ConfigError, RayvaecError
 from rayvaec.infer.trained import load_model
 from rayvaec.runtime import ray_session, usable_cpus
+from rayvaec.serve import front
 from rayvaec.serve.auth import TOKEN_VARIABLE, check_bind, token_digest
 from rayvaec.serve.limits import Limits
 from rayvaec.serve.models import ONLY_NAME, check_names
@@ -194,6 +195,7 @@ def run(
     if not joined:
         port = check_port(host, port)
         cpus = cpus_per_replica(most, use_gpu, *_own_resources())
+        os.environ.update({**front.environment(most * Limits().max_requests), **os.environ})
     with _stopped_by_signals() as stopped:
         folders = ", ".join(map(str, paths.values()))
         print(f"loading {folders} on {num_replicas} replica(s)", flush=True)

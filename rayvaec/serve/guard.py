@@ -88,7 +88,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        answer = _Answer(send, _identify(scope), add_id=not self._behind_proxy)
+        answer = _Answer(send, identify(scope), add_id=not self._behind_proxy)
         scope.setdefault("state", {})["request_id"] = answer.request_id
         try:
             self._authorize(scope)
@@ -177,7 +177,7 @@ class _Answer:
         await self._send(message)
 
 
-def _identify(scope: Scope) -> str:
+def identify(scope: Scope) -> str:
     """Return the client's or the proxy's request id if it is fit to be repeated, else a new one."""
     given: Any = Headers(scope=scope).get(_REQUEST_ID)
     return given if given and _ID_PATTERN.fullmatch(given) else str(uuid.uuid4())

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from rayvaec.serve.app import ServeArgs, build
+from rayvaec.serve.front import environment
 from rayvaec.serve.replicas import replica_range
 
 FOLDER = Path(__file__).parents[2] / "jobs" / "kuberay"
@@ -103,6 +104,16 @@ def test_traffic_waits_for_readiness() -> None:
     assert probe == {"path": "/readyz", "port": config["http_options"]["port"]}
 
 
+def test_the_proxies_pass_on_what_all_replicas_have_places_for() -> None:
+    config = yaml.safe_load(manifest("service")["spec"]["serveConfigV2"])
+    args = ServeArgs.model_validate(config["applications"][0]["args"])
+    _, most = replica_range(args.num_replicas)
+    expected = environment(most * args.limits.max_requests)
+    for pod in pods("service"):
+        given = {entry["name"]: entry["value"] for entry in pod["containers"][0]["env"]}
+        assert {name: given[name] for name in expected} == expected
+
+
 @pytest.mark.parametrize("name", ["train", "sample"])
 def test_entrypoints_are_commands_that_exist(name: str) -> None:
     from rayvaec.cli import build_parser
@@ -114,11 +125,11 @@ def test_entrypoints_are_commands_that_exist(name: str) -> None:
     assert words[0] == name
     (worker,) = cluster(name)["workerGroupSpecs"]
     (container,) = worker["template"]["spec"]["containers"]
-    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    given = {entry["name"]: entry["value"] for entry in container["env"]}
     each = container["resources"]["limits"]
-    assert int(environment["RAYVAEC_MAX_CPUS"]) == worker["maxReplicas"] * int(each["cpu"])
+    assert int(given["RAYVAEC_MAX_CPUS"]) == worker["maxReplicas"] * int(each["cpu"])
     _, most = replica_range(arguments.num_workers)
     assert most <= worker["maxReplicas"]
     if arguments.use_gpu:
         gpus = worker["maxReplicas"] * int(each["nvidia.com/gpu"])
-        assert int(environment["RAYVAEC_MAX_GPUS"]) == gpus
+        assert int(given["RAYVAEC_MAX_GPUS"]) == gpus

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -28,6 +29,7 @@ from rayvaec.serve.limits import Limits
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "0123456789abcdef0123"
+PLACES = 8
 
 
 def test_the_arguments_of_a_config_file_are_checked():
@@ -174,6 +176,7 @@ def server(model_path: Path) -> Iterator[Server]:
     """An endpoint of two replicas that needs a token."""
     mark = f"RAYVAEC_TEST_{uuid.uuid4().hex}"
     environment = {**os.environ, "RAYVAEC_TOKEN": TOKEN, mark: "1"}
+    environment["RAYVAEC_PROXY_PLACES"] = str(PLACES)
     port = check_port("127.0.0.1", 0)
     command = ["serve", f"atlas={model_path}", "--port", str(port), "--num-replicas", "2"]
     process = subprocess.Popen(
@@ -211,6 +214,7 @@ def test_the_command_serves_and_stops_without_a_trace(
         assert client.ready()
         assert np.array_equal(client.sample(adata, n_samples=5, seed=3, as_="array"), expected)
         same_from_both_replicas(client, adata, expected)
+    refuses_more_than_there_are_places_for(server, trained)
     refused = httpx.get(f"{server.url}/v1/models/atlas/model", timeout=30)
     assert refused.status_code == 401
     assert refused.headers.get_list("X-Request-ID") == [refused.json()["request_id"]]
@@ -240,6 +244,25 @@ def same_from_both_replicas(client: Client, adata: anndata.AnnData, expected: np
         thread.join(60)
     assert len(results) == 30
     assert all(np.array_equal(result, expected) for result in results)
+
+
+def refuses_more_than_there_are_places_for(server: Server, trained: TrainedModel) -> None:
+    """Ask for more at once than the proxy passes on, and less than the replicas would take."""
+    label = trained.registry.labels[0]
+    body = {"label": label, "n_cells": 20, "library": 500, "n_samples": 2000, "reduce": ["mean"]}
+
+    async def ask() -> list[httpx.Response]:
+        headers, limits = {"Authorization": f"Bearer {TOKEN}"}, httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(headers=headers, limits=limits, timeout=60) as http:
+            url = f"{server.url}/v1/models/atlas/generate"
+            return await asyncio.gather(*(http.post(url, json=body) for _ in range(4 * PLACES)))
+
+    answers = asyncio.run(ask())
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert refused
+    assert sum(answer.status_code == 200 for answer in answers) == len(answers) - len(refused)
+    assert all(int(answer.headers["Retry-After"]) >= 1 for answer in refused)
+    assert {answer.json()["error"] for answer in refused} == {"queue_full"}
 
 
 def finishes_what_is_in_work(server: Server, adata: anndata.AnnData) -> None:

@@ -1,0 +1,115 @@
+"""What stands in Ray Serve's proxy, around an application that answers when it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from rayvaec.errors import ConfigError
+from rayvaec.serve import front
+from rayvaec.serve.front import Front
+
+PLACES = 2
+
+
+class Proxy:
+    """Answers in two steps, and does something else after each."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.answer, self.end = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.asked += 1
+        await self.answer.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"a", "more_body": True})
+        await send({"type": "http.response.body", "body": b"b"})
+        await self.end.wait()
+
+
+async def ask(app: Front, method: str = "POST", request_id: str = "mine") -> list[dict[str, Any]]:
+    """Send one request; return the answer's messages. The body is not to be read."""
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        raise AssertionError("the body was read")
+
+    headers = [(b"x-request-id", request_id.encode())]
+    scope = {"type": "http", "method": method, "path": "/v1/sample", "headers": headers}
+    await app(scope, receive, send)
+    return sent
+
+
+def test_who_finds_no_place_is_told_without_being_passed_on():
+    async def go() -> None:
+        proxy = Proxy()
+        app = Front(proxy, PLACES)
+        waiting = [asyncio.create_task(ask(app)) for _ in range(PLACES)]
+        await asyncio.sleep(0)
+        start, body = await ask(app)
+        headers = dict(start["headers"])
+        assert start["status"] == 429
+        assert int(headers[b"retry-after"]) >= 1
+        assert headers[b"x-request-id"] == b"mine"
+        said = json.loads(body["body"])
+        assert set(said) == {"error", "detail", "fix", "request_id"}
+        assert (said["error"], said["request_id"]) == ("queue_full", "mine")
+        assert proxy.asked == PLACES
+        health = asyncio.create_task(ask(app, "GET"))
+        await asyncio.sleep(0)
+        assert proxy.asked == PLACES + 1
+        proxy.end.set()
+        proxy.answer.set()
+        for answer in (*waiting, health):
+            assert (await answer)[0]["status"] == 200
+
+    asyncio.run(go())
+
+
+def test_a_place_is_free_once_the_whole_answer_is_sent():
+    async def go() -> None:
+        proxy = Proxy()
+        app = Front(proxy, 1)
+        proxy.answer.set()
+        first = asyncio.create_task(ask(app))
+        await asyncio.sleep(0)
+        assert not first.done()
+        second = asyncio.create_task(ask(app))
+        await asyncio.sleep(0)
+        assert proxy.asked == 2
+        proxy.end.set()
+        assert [(await each)[0]["status"] for each in (first, second)] == [200, 200]
+
+    asyncio.run(go())
+
+
+def test_a_place_is_free_after_a_failure():
+    async def fails(*_: Any) -> None:
+        raise ConnectionError
+
+    async def go() -> None:
+        app = Front(fails, 1)
+        for _ in range(3):
+            with pytest.raises(ConnectionError):
+                await ask(app)
+
+    asyncio.run(go())
+
+
+def test_the_environment_says_how_many_places_there_are(monkeypatch):
+    for name, value in front.environment(7).items():
+        monkeypatch.setenv(name, value)
+    (found,) = front.middlewares()
+    assert found.cls is Front
+    assert found.kwargs == {"places": 7}
+    for wrong in ("", "0", "-1", "many"):
+        monkeypatch.setenv("RAYVAEC_PROXY_PLACES", wrong)
+        with pytest.raises(ConfigError, match=f"RAYVAEC_PROXY_PLACES='{wrong}' is no number"):
+            front.middlewares()
