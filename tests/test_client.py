@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -23,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 
-from rayvaec.client import AsyncClient, Client, asking, link
+from rayvaec.client import AsyncClient, Client, asking, link, patience
 from rayvaec.client import portions as portions_module
 from rayvaec.client.portions import GivenCells, portions
 from rayvaec.errors import CountsError, RequestError
@@ -138,6 +139,25 @@ def test_moments_and_chosen_genes(client, adata, trained):
     arrays = client.sample(adata, reduce=("zero_fraction",), as_="array", **options)
     np.testing.assert_allclose(arrays["zero_fraction"], (draws == 0).mean(2), atol=1e-6)
     assert np.array_equal(client.sample(adata, as_="array", **options), draws)
+
+
+def test_quantiles(client, adata, trained):
+    draws = trained.sample(adata, 20, 3)
+    options = {"n_samples": 20, "seed": 3, "reduce": ["quantiles"], "quantiles": [0.05, 0.5]}
+    drawn = client.sample(adata, **options)
+    assert set(drawn.layers) == {"quantile_0.05", "quantile_0.5"}
+    for q in (0.05, 0.5):
+        expected = np.quantile(draws, q, axis=2)
+        np.testing.assert_allclose(drawn.layers[f"quantile_{q}"], expected, rtol=1e-6)
+    (part,) = client.iter_sample(adata, as_="array", **options)
+    assert np.array_equal(part["quantile_0.5"], drawn.layers["quantile_0.5"])
+    new = client.generate(
+        *(trained.registry.labels[0], 300, 2),
+        **{**options, "quantiles": [1.0]},
+    )
+    assert new.layers["quantile_1.0"].max() > 0
+    with pytest.raises(RequestError, match="quantiles"):
+        client.sample(adata, reduce=["quantiles"])
 
 
 def test_new_cells(client, trained):
@@ -465,6 +485,14 @@ def breaks(_: httpx.Request) -> httpx.Response:
     raise httpx.RemoteProtocolError("peer closed connection")
 
 
+def refused(_: httpx.Request) -> httpx.Response:
+    raise httpx.ConnectError("connection refused")
+
+
+def says_nothing(_: httpx.Request) -> httpx.Response:
+    raise httpx.ReadTimeout("timed out")
+
+
 def breaks_within(_: httpx.Request) -> httpx.Response:
     def body() -> Iterator[bytes]:
         yield wire.stream_start(wire.draws_schema({"rows": 1}))
@@ -506,6 +534,8 @@ def one_cell() -> anndata.AnnData:
         (refusal(429, **{"Retry-After": "100000"}), 60),
         (plain(500), 0.2),
         (plain(502), 0.2),
+        (refused, 0.2),
+        (says_nothing, 0.2),
         (breaks, 0.2),
         (breaks_within, 0.2),
         (whole(rows=1, promised=2), 0.2),
@@ -540,7 +570,7 @@ def test_what_will_not_pass_is_raised_at_once(scripted, one_cell, status):
 
 
 def test_a_server_that_is_not_there_is_named():
-    with Client("http://127.0.0.1:9") as client:
+    with Client("http://127.0.0.1:9", retries=0) as client:
         assert not client.ready()
         with pytest.raises(
             RequestError, match=r"no answer from http://127.0.0.1:9 .*rayvaec serve"
@@ -566,13 +596,65 @@ def test_two_models_in_one_answer_are_noticed(scripted, one_cell):
     assert caught.value.error == "model_changed"
 
 
-def test_a_server_that_has_answered_is_waited_for(scripted, one_cell):
-    def refused(_: httpx.Request) -> httpx.Response:
-        raise httpx.ConnectError("connection refused")
-
-    client, _, waits = scripted(refused, refused, whole())
+@pytest.mark.parametrize("failure", [refused, says_nothing])
+def test_a_server_that_has_not_answered_yet_is_waited_for(scripted, one_cell, failure):
+    client, server, waits = scripted(whole())
+    server.answers[:0] = [failure, failure]
     assert client.sample(one_cell, as_="array").tolist() == [[[1]]]
     assert len(waits) == 2
+
+
+def test_an_address_that_cannot_be_asked_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr(link.time, "sleep", None)
+    with (
+        Client("ftp://server") as client,
+        pytest.raises(RequestError, match="no answer from ftp://server .*'ftp://'"),
+    ):
+        client.model()
+
+
+class Clock:
+    """Time that passes in waits alone."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_a_call_ends_at_its_deadline(scripted, one_cell, monkeypatch):
+    client, server, _ = scripted(*[refusal(429, **{"Retry-After": "30"})] * 9, retries=100)
+    clock = Clock()
+    monkeypatch.setattr(patience, "time", clock)
+    monkeypatch.setattr(link, "time", clock)
+    client._asking._patience = patience.Patience(retries=100, deadline=100.0)
+    with pytest.raises(RequestError, match="d; f"):
+        client.sample(one_cell)
+    assert len(server.paths) == 1 + 4  # one every 30 s and a little more
+    assert clock.now < 100
+
+
+def test_no_attempt_outlasts_the_deadline():
+    waits = link._at_most(httpx.Timeout(300.0, connect=10.0), 20.0)
+    assert (waits.connect, waits.read, waits.write, waits.pool) == (10.0, 20.0, 20.0, 20.0)
+    assert link._at_most(httpx.Timeout(None), 5.0) == httpx.Timeout(5.0)
+    assert link._at_most(httpx.Timeout(7.0), None) == httpx.Timeout(7.0)
+
+
+def test_a_silent_server_is_given_up_at_the_deadline(one_cell):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with (
+            Client(url, deadline=0.3) as client,
+            pytest.raises(RequestError, match="no answer .*timed out"),
+        ):
+            client.sample(one_cell)
 
 
 def test_one_of_several_models_is_asked_by_its_name(scripted, one_cell):
@@ -584,9 +666,12 @@ def test_one_of_several_models_is_asked_by_its_name(scripted, one_cell):
 def test_an_awaiting_client_tries_again_too(one_cell, monkeypatch):
     away = refusal(429, **{"Retry-After": "7"})
     server = Scripted(lambda _: httpx.Response(200, json=MODEL), away, breaks, whole())
-    waits: list[tuple[int, float]] = []
+    waits: list[float] = []
 
-    monkeypatch.setattr(asking, "backoff", lambda *wait: waits.append(wait) or 0.0)
+    async def sleep(_: link.AsyncLink, seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr(link.AsyncLink, "sleep", sleep)
 
     async def go() -> Any:
         async with AsyncClient("http://server") as client:
@@ -596,7 +681,9 @@ def test_an_awaiting_client_tries_again_too(one_cell, monkeypatch):
             return await client.sample(one_cell, as_="array")
 
     assert asyncio.run(go()).tolist() == [[[1]]]
-    assert waits == [(0, 7.0), (1, 0.0)]
+    assert len(waits) == 2
+    assert 7.25 <= waits[0] <= 7.375
+    assert 0.5 <= waits[1] <= 0.75
 
 
 def test_the_client_needs_neither_torch_nor_ray():

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote
 
 import httpx
@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayvaec.client.link import AsyncLink, Link
+from rayvaec.client.patience import Attempts, Patience
 from rayvaec.client.portions import GivenCells, NewCells, Portions, portions
-from rayvaec.client.refusals import TurnedAwayError, backoff, check, unreachable
+from rayvaec.client.refusals import TurnedAwayError, check
 from rayvaec.client.rows import PART_BYTES, Collector, Part, whole
 from rayvaec.errors import RequestError
 from rayvaec.progress import Progress
@@ -25,8 +26,6 @@ from rayvaec.serve.wire import ARROW, AnswerStream, Form, cells_of, moments_as, 
 if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
-
-Result = TypeVar("Result")
 
 CONNECT_TIMEOUT_S = 10.0
 _READY_TIMEOUT_S = 5.0
@@ -55,7 +54,7 @@ class AsyncClient:
 
     Parameters
     ----------
-    url, token, model, timeout, retries, progress
+    url, token, model, timeout, retries, deadline, progress
         As in `rayvaec.client.Client`.
     """
 
@@ -67,25 +66,27 @@ class AsyncClient:
         model: str | None = None,
         timeout: float = 300.0,
         retries: int = 5,
+        deadline: float = 600.0,
         progress: bool = False,
     ) -> None:
         link = AsyncLink(httpx.AsyncClient(**settings(url, token, timeout)))
-        self._take(link, url, model, retries, progress)
+        self._take(link, url, model, Patience(retries, deadline), progress)
 
-    def _take(self, link: Link, url: str, model: str | None, retries: int, progress: bool) -> None:
+    def _take(
+        self, link: Link, url: str, model: str | None, patience: Patience, progress: bool
+    ) -> None:
         self.url, self._link = url.rstrip("/"), link
         self._routes = "/v1" if model is None else f"/v1/models/{quote(model, safe='')}"
-        self._retries, self._progress = retries, progress
+        self._patience, self._progress = patience, progress
         self._model: dict[str, Any] | None = None
-        self._answered = False
 
     @classmethod
     def over(
-        cls, link: Link, url: str, *, model: str | None, retries: int, progress: bool
+        cls, link: Link, url: str, *, model: str | None, patience: Patience, progress: bool
     ) -> AsyncClient:
         """Return a client over another link than that of an event loop."""
         client = cls.__new__(cls)
-        client._take(link, url, model, retries, progress)
+        client._take(link, url, model, patience, progress)
         return client
 
     async def __aenter__(self) -> Self:
@@ -108,12 +109,17 @@ class AsyncClient:
 
     async def model(self) -> dict[str, Any]:
         """Ask for the model, as `Client.model`."""
+        attempts = self._patience.attempts()
+        while True:
+            try:
+                return await self._ask_for_model(attempts)
+            except (TurnedAwayError, RequestError, httpx.TransportError) as error:
+                await self._link.sleep(attempts.wait(self.url, error))
 
-        async def ask() -> dict[str, Any]:
-            async with self._link.ask("GET", f"{self._routes}/model") as reply:
-                return json.loads(await (await check(reply)).whole())
-
-        self._model = await self._persistently(ask)
+    async def _ask_for_model(self, attempts: Attempts) -> dict[str, Any]:
+        path, timeout = f"{self._routes}/model", attempts.left
+        async with self._link.ask("GET", path, timeout=timeout) as reply:
+            self._model = json.loads(await (await check(reply)).whole())
         return self._model
 
     async def sample(
@@ -124,12 +130,13 @@ class AsyncClient:
         seed: int | None = None,
         *,
         reduce: Sequence[str] | None = None,
+        quantiles: Sequence[float] | None = None,
         out_genes: Sequence[str] | None = None,
         as_: Form = "adata",
         **alignment: Any,
     ) -> Any:
         """Draw counts for given cells; parameters, result and errors as `Client.sample`."""
-        asked = _draws(n_samples, seed, reduce=reduce, out_genes=out_genes)
+        asked = _draws(n_samples, seed, reduce=reduce, quantiles=quantiles, out_genes=out_genes)
         answers = await self._of_cells("sample", adata, labels_key, asked, **alignment)
         return await self._put(await _collected(answers), adata.obs, out_genes, as_)
 
@@ -141,12 +148,13 @@ class AsyncClient:
         seed: int | None = None,
         *,
         reduce: Sequence[str] | None = None,
+        quantiles: Sequence[float] | None = None,
         out_genes: Sequence[str] | None = None,
         as_: Form = "adata",
         **alignment: Any,
     ) -> AsyncGenerator[Any, None]:
         """Draw counts, some cells at a time, as `Client.iter_sample`."""
-        asked = _draws(n_samples, seed, reduce=reduce, out_genes=out_genes)
+        asked = _draws(n_samples, seed, reduce=reduce, quantiles=quantiles, out_genes=out_genes)
         answers = await self._of_cells("sample", adata, labels_key, asked, **alignment)
         async with aclosing(answers):
             async for part in answers:
@@ -164,6 +172,7 @@ class AsyncClient:
         cell_ids: Sequence[str] | None = None,
         batches: Sequence[str] | None = None,
         reduce: Sequence[str] | None = None,
+        quantiles: Sequence[float] | None = None,
         out_genes: Sequence[str] | None = None,
         as_: Form = "adata",
     ) -> Any:
@@ -172,7 +181,7 @@ class AsyncClient:
 
         every = [labels] * (n_cells or 1) if isinstance(labels, str) else list(labels)
         libraries = np.broadcast_to(np.asarray(library, np.float64), len(every))
-        asked = _draws(n_samples, seed, reduce=reduce, out_genes=out_genes)
+        asked = _draws(n_samples, seed, reduce=reduce, quantiles=quantiles, out_genes=out_genes)
         cells = NewCells(every, libraries, batches, cell_ids)
         part = await _collected(self._answers("generate", cells, asked))
         names = [str(i) for i in range(len(every))] if cell_ids is None else list(cell_ids)
@@ -238,69 +247,40 @@ class AsyncClient:
         self, what: str, cells: Portions, start: int, stop: int, asked: Mapping[str, Any]
     ) -> AsyncGenerator[Part, None]:
         """Yield some cells' rows; after a failure, ask for those that have not come."""
-        done, failures = start, 0
+        done, attempts = start, self._patience.attempts()
         while True:
             first = done if cells.named else start
             body = cells.body(first, stop, asked)
             try:
-                async with aclosing(self._answer(what, body, first, asked)) as parts:
+                answer = self._answer(what, body, first, asked, attempts)
+                async with aclosing(answer) as parts:
                     async for part in parts:
                         if (new := part.beyond(done)) is not None:
-                            done, failures = new.first + new.n_cells, 0
+                            done = new.first + new.n_cells
                             yield new
+                            attempts.succeeded()
                 return
             except (TurnedAwayError, RequestError, httpx.TransportError) as error:
-                await self._wait(error, failures)
-                failures += 1
+                await self._link.sleep(attempts.wait(self.url, error))
 
     async def _answer(
-        self, what: str, body: bytes, first: int, asked: Mapping[str, Any]
+        self, what: str, body: bytes, first: int, asked: Mapping[str, Any], attempts: Attempts
     ) -> AsyncGenerator[Part, None]:
         """Send one request and yield its rows; end with an error unless all have come."""
         dense = what not in ("sample", "generate") or bool(asked.get("reduce"))
         stream = AnswerStream()
         rows = Collector(stream, first, 1 if dense else asked["n_samples"], dense)
-        async with self._link.ask("POST", f"{self._routes}/{what}", body) as reply:
+        path, timeout = f"{self._routes}/{what}", attempts.left
+        async with self._link.ask("POST", path, body, timeout=timeout) as reply:
             await check(reply)
-            self._answered = True
             async for chunk in reply.chunks:
+                attempts.heard()
                 stream.feed(chunk)
                 if stream.n_waiting >= PART_BYTES and (part := rows.take()) is not None:
                     yield part
         stream.finish()
         if (part := rows.take()) is not None:
             yield part
-
-    async def _persistently(self, ask: Callable[[], Awaitable[Result]]) -> Result:
-        failures = 0
-        while True:
-            try:
-                result = await ask()
-            except (TurnedAwayError, RequestError, httpx.TransportError) as error:
-                await self._wait(error, failures)
-                failures += 1
-            else:
-                self._answered = True
-                return result
-
-    async def _wait(self, error: Exception, failures: int) -> None:
-        """Wait until a request may be sent again; raise the error where that is no use."""
-        asked = 0.0
-        if isinstance(error, TurnedAwayError):
-            failure, asked = error.failure, error.wait
-        elif isinstance(error, httpx.TransportError):
-            failure = unreachable(self.url, error)
-            # A server that never answered is likely not there; one that did may be starting again.
-            refused = isinstance(error, httpx.ConnectError) and not self._answered
-            if refused or isinstance(error, httpx.TimeoutException):
-                raise failure from error
-        elif isinstance(error, RequestError) and error.error == "broken_answer":
-            failure = error
-        else:
-            raise error
-        if failures >= self._retries:
-            raise failure
-        await self._link.sleep(backoff(failures, asked))
 
     async def _put(
         self, part: Part, obs: pd.DataFrame, out_genes: Sequence[str] | None, form: Form

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from rayvaec.client.asking import AsyncClient, settings
 from rayvaec.client.link import BlockingLink, finished, stepped
+from rayvaec.client.patience import Patience
 from rayvaec.serve.wire import Form
 
 if TYPE_CHECKING:
@@ -30,11 +31,13 @@ class Client:
     model : str, optional
         Name of one of several models that are served; not needed where there is one.
     timeout : float
-        Seconds without a byte from the server after which a request has failed.
+        Seconds without a byte from the server after which a request is given up.
     retries : int
-        How often in a row a request is sent again that was turned away (429, 503), whose connection
-        broke, or whose answer broke off; cells that have come are not asked for again. The
-        server's Retry-After is honoured, up to a minute.
+        How often in a row a request is sent again that was turned away (429, 503), that found no
+        connection or no answer within `timeout`, or whose answer broke off; cells that have come
+        are not asked for again. The server's Retry-After is honoured, up to a minute.
+    deadline : float
+        Seconds without a byte of an answer after which a call ends, however often it was sent.
     progress : bool
         Whether to show how many cells have come: a bar on a terminal, log lines elsewhere.
     """
@@ -47,10 +50,14 @@ class Client:
         model: str | None = None,
         timeout: float = 300.0,
         retries: int = 5,
+        deadline: float = 600.0,
         progress: bool = False,
     ) -> None:
         link = BlockingLink(httpx.Client(**settings(url, token, timeout)))
-        self._asking = AsyncClient.over(link, url, model=model, retries=retries, progress=progress)
+        patience = Patience(retries, deadline)
+        self._asking = AsyncClient.over(
+            link, url, model=model, patience=patience, progress=progress
+        )
         self.url = self._asking.url
 
     def __enter__(self) -> Self:
@@ -92,6 +99,7 @@ class Client:
         layer: str | None = None,
         batch_key: str | None = None,
         reduce: Sequence[str] | None = None,
+        quantiles: Sequence[float] | None = None,
         out_genes: Sequence[str] | None = None,
         allow_missing: bool = False,
         as_: Form = "adata",
@@ -113,7 +121,11 @@ class Client:
         batch_key : str, optional
             Column of obs with the batches; by default the model's own, if it has one.
         reduce : sequence of str, optional
-            Moments of the draws to return instead: ``mean``, ``var``, ``zero_fraction``.
+            Moments of the draws to return instead: ``mean``, ``var``, ``zero_fraction``,
+            ``quantiles``.
+        quantiles : sequence of float, optional
+            With ``quantiles`` in `reduce`, which of them: numbers from 0 to 1; 0.5 comes as
+            ``quantile_0.5``.
         out_genes : sequence of str, optional
             Genes to return, in this order; all by default.
         allow_missing : bool
@@ -141,6 +153,7 @@ class Client:
             layer=layer,
             batch_key=batch_key,
             reduce=reduce,
+            quantiles=quantiles,
             out_genes=out_genes,
             allow_missing=allow_missing,
             as_=as_,
@@ -162,8 +175,8 @@ class Client:
         adata, labels_key, n_samples, seed
             As in `sample`.
         **options
-            ``layer``, ``batch_key``, ``reduce``, ``out_genes``, ``allow_missing``, ``as_`` of
-            `sample`.
+            ``layer``, ``batch_key``, ``reduce``, ``quantiles``, ``out_genes``, ``allow_missing``,
+            ``as_`` of `sample`.
 
         Yields
         ------
@@ -189,6 +202,7 @@ class Client:
         cell_ids: Sequence[str] | None = None,
         batches: Sequence[str] | None = None,
         reduce: Sequence[str] | None = None,
+        quantiles: Sequence[float] | None = None,
         out_genes: Sequence[str] | None = None,
         as_: Form = "adata",
     ) -> AnnData | list[csr_matrix] | NDArray[np.int32] | dict[str, NDArray[np.float32]]:
@@ -204,7 +218,7 @@ class Client:
             Number of cells, where `labels` is one for all; 1 by default.
         cell_ids, batches : sequence of str, optional
             Name and experimental batch of each cell.
-        n_samples, seed, reduce, out_genes, as_
+        n_samples, seed, reduce, quantiles, out_genes, as_
             As in `sample`.
 
         Returns
@@ -224,6 +238,7 @@ class Client:
             cell_ids=cell_ids,
             batches=batches,
             reduce=reduce,
+            quantiles=quantiles,
             out_genes=out_genes,
             as_=as_,
         )

@@ -50,7 +50,10 @@ class Link(Protocol):
     def ask(
         self, method: str, path: str, body: bytes | None = None, *, timeout: float | None = None
     ) -> AbstractAsyncContextManager[Reply]:
-        """Send a request; the block may read the answer, and leaving it closes the answer."""
+        """Send a request; the block may read the answer, and leaving it closes the answer.
+
+        No wait for connection or bytes is longer than `timeout` seconds.
+        """
         ...
 
     async def sleep(self, seconds: float) -> None:
@@ -79,7 +82,7 @@ class AsyncLink:
         self, method: str, path: str, body: bytes | None = None, *, timeout: float | None = None
     ) -> AsyncIterator[Reply]:
         """Send a request, as in `Link`."""
-        waits = self._http.timeout if timeout is None else timeout
+        waits = _at_most(self._http.timeout, timeout)
         async with self._http.stream(method, path, content=body, timeout=waits) as response:
             yield _reply(response, response.aiter_bytes())
 
@@ -109,7 +112,7 @@ class BlockingLink:
         self, method: str, path: str, body: bytes | None = None, *, timeout: float | None = None
     ) -> AsyncIterator[Reply]:
         """Send a request, as in `Link`."""
-        waits = self._http.timeout if timeout is None else timeout
+        waits = _at_most(self._http.timeout, timeout)
         with self._http.stream(method, path, content=body, timeout=waits) as response:
             yield _reply(response, _stepped(response.iter_bytes()))
 
@@ -159,6 +162,18 @@ def stepped(parts: AsyncIterator[Result]) -> Iterator[Result]:
 async def _stepped(chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
     for chunk in chunks:
         yield chunk
+
+
+def _at_most(timeouts: httpx.Timeout, seconds: float | None) -> httpx.Timeout:
+    """Return timeouts none of which is longer than `seconds`."""
+    if seconds is None:
+        return timeouts
+    return httpx.Timeout(
+        **{
+            name: seconds if given is None else min(given, seconds)
+            for name, given in timeouts.as_dict().items()
+        }
+    )
 
 
 def _reply(response: httpx.Response, chunks: AsyncIterator[bytes]) -> Reply:

@@ -1,19 +1,13 @@
-"""Answers that are none: what they say, which of them may pass, and how long to wait."""
+"""Answers that are none: what they say, and which of them may pass."""
 
 from __future__ import annotations
 
 import json
-import random
 import time
 from email.utils import parsedate_to_datetime
 
-import httpx
-
 from rayvaec.client.link import Reply
 from rayvaec.errors import RequestError
-
-LONGEST_WAIT_S = 60.0
-_FIRST_WAIT_S = 0.25
 
 
 class TurnedAwayError(Exception):
@@ -66,34 +60,6 @@ async def check(reply: Reply) -> Reply:
     if reply.status in (429, 503) or (reply.status >= 500 and not said):
         raise TurnedAwayError(failure, _retry_after(reply.headers.get("Retry-After", "")))
     raise failure
-
-
-def unreachable(url: str, error: httpx.TransportError) -> RequestError:
-    """Return what to raise where no answer came."""
-    return RequestError(
-        f"no answer from {url} ({error or type(error).__name__})",
-        "check the address, and that the server runs: rayvaec serve MODEL",
-        *(503, "unreachable"),
-    )
-
-
-def backoff(attempt: int, asked: float) -> float:
-    """Return the seconds to wait before a request is sent again.
-
-    Parameters
-    ----------
-    attempt : int
-        How often in a row it has failed before.
-    asked : float
-        Seconds that the server asks to wait.
-
-    Returns
-    -------
-    float
-        Doubles each time; not the same for clients that were turned away together.
-    """
-    own = _FIRST_WAIT_S * 2**attempt * random.uniform(1.0, 1.5)  # noqa: S311 - no secret
-    return min(asked + own, LONGEST_WAIT_S)
 
 
 def _said(body: bytes) -> dict[str, str]:
