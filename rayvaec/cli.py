@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import rayvaec
-from rayvaec.commands import bridge, data, demo, infer, serve, train
+from rayvaec.commands import bridge, check, data, demo, infer, serve, train
 from rayvaec.errors import RayvaecError
 
 
@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
     for add in (
         *(data.add_simulate, data.add_prepare, data.add_inspect),
-        *(train.add_train, infer.add_bulk, serve.add_serve),
+        *(train.add_train, infer.add_bulk, check.add_check, serve.add_serve),
         *(bridge.add_bridge, demo.add_demo),
     ):
         add(verbs)

@@ -1,0 +1,174 @@
+"""Everything that a check found, as one JSON-able dict: what ``report.json`` holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+import rayvaec
+from rayvaec.data.store import Store
+from rayvaec.infer.check.config import CheckConfig
+from rayvaec.infer.check.figures import FIGURES, Estimates
+from rayvaec.infer.check.parts import (
+    calibration_of,
+    correlations_of,
+    genes_of,
+    labels_of,
+    latent_of,
+    libraries_of,
+    trend_of,
+)
+from rayvaec.infer.check.verdict import judge, summarise
+from rayvaec.infer.check.worker import CheckWork, Points
+from rayvaec.infer.trained import TrainedModel
+
+FORMAT_VERSION = 1
+DIGITS = 5
+
+
+def build_report(
+    work: CheckWork,
+    models: Sequence[TrainedModel],
+    store: Store,
+    config: CheckConfig,
+    estimates: Sequence[Estimates],
+    points: Sequence[Points],
+) -> dict[str, Any]:
+    """Put a report together.
+
+    Parameters
+    ----------
+    work : CheckWork
+        What was done.
+    models : sequence of TrainedModel
+        The model, and the one it is compared with.
+    store : Store
+        Where the cells lie.
+    config : CheckConfig
+        What was asked for.
+    estimates : sequence of Estimates
+        Of each model.
+    points : sequence of Points
+        Of each model.
+
+    Returns
+    -------
+    dict
+        JSON-able; numbers have `DIGITS` digits, and what could not be computed is None.
+    """
+    described = [
+        _described(checked.path, model, store, found, some, work)
+        for checked, model, found, some in zip(work.models, models, estimates, points, strict=True)
+    ]
+    report: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "rayvaec_version": rayvaec.__version__,
+        "store": {"path": str(store.path), "hash": store.hash, "n_cells": store.n_cells},
+        "cells": {
+            "split": config.split,
+            "n_cells": work.n_cells,
+            "n_split_cells": len(store.rows(config.split)),
+            "n_samples": config.n_samples,
+            "seed": config.seed,
+        },
+        "models": described,
+        "thresholds": _thresholds(config, estimates[0]),
+    }
+    if len(estimates) > 1:
+        report["comparison"] = _comparison(estimates[0], estimates[1], store)
+    return rounded(report)
+
+
+def _described(
+    path: str,
+    model: TrainedModel,
+    store: Store,
+    estimates: Estimates,
+    points: Points,
+    work: CheckWork,
+) -> dict[str, Any]:
+    total, genes, labels = estimates.total, model.registry.genes, store.registry.labels
+    panel = next(checked.panel for checked in work.models if checked.path == path)
+    figures = _figures(estimates)
+    found = {
+        "genes": genes_of(total, genes),
+        "labels": labels_of(estimates, labels, genes, panel),
+    }
+    return {
+        "path": path,
+        "hash": model.hash,
+        "verdict": summarise(figures, found),
+        "figures": figures,
+        **found,
+        "calibration": calibration_of(total, labels),
+        "libraries": libraries_of(total, labels),
+        "trend": trend_of(total),
+        "correlations": correlations_of(total, labels, genes, panel),
+        "latent": latent_of(total, labels, points),
+    }
+
+
+def _figures(estimates: Estimates) -> dict[str, Any]:
+    shortfalls, shortfall_errors = estimates.shortfalls
+    columns = (
+        *(estimates.values, estimates.errors, estimates.references),
+        *(shortfalls, shortfall_errors),
+    )
+    result = {}
+    for (name, figure), *row in zip(FIGURES.items(), *columns, strict=True):
+        value, error, reference, shortfall, shortfall_error = map(float, row)
+        result[name] = {
+            "about": figure.about,
+            "value": value,
+            "error": error,
+            "reference": reference,
+            "shortfall": shortfall,
+            "shortfall_error": shortfall_error,
+            "judged": judge(figure, value, shortfall, shortfall_error),
+        }
+    return result
+
+
+def _thresholds(config: CheckConfig, estimates: Estimates) -> dict[str, Any]:
+    values = dict(zip(FIGURES, estimates.values.tolist(), strict=True))
+    return {
+        name: {"least": least, "value": values[name], "met": bool(values[name] >= least)}
+        for name, least in config.fail_under.items()
+    }
+
+
+def _comparison(first: Estimates, second: Estimates, store: Store) -> dict[str, Any]:
+    differences, errors = first.better_than(second)
+    figures = {
+        name: {"difference": difference, "error": error}
+        for name, difference, error in zip(FIGURES, differences, errors, strict=True)
+    }
+    bounds, bound_errors = first.label_bounds_over(second)
+    return {
+        "figures": figures,
+        "elbo_per_label": {
+            label: {"difference": difference, "error": error}
+            for label, difference, error in zip(
+                store.registry.labels, bounds, bound_errors, strict=True
+            )
+        },
+    }
+
+
+def rounded(value: Any) -> Any:
+    """Return JSON-able data with numbers to `DIGITS` digits, None for what is not finite."""
+    if isinstance(value, dict):
+        return {name: rounded(item) for name, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return rounded(value.tolist())
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    if isinstance(value, np.bool_):
+        return bool(value)
+    if isinstance(value, np.integer):
+        return int(value)
+    if isinstance(value, float | np.floating):
+        return float(f"{value:.{DIGITS}g}") if np.isfinite(value) else None
+    return value

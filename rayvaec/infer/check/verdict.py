@@ -1,0 +1,190 @@
+"""What the figures mean, in words that a biologist can use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rayvaec.infer.check.figures import Figure
+
+GOOD, FAIR, POOR, UNCLEAR, SHOWN = "good", "fair", "poor", "unclear", "shown"
+
+
+def judge(figure: Figure, value: float, shortfall: float, error: float) -> str:
+    """Judge a figure by its shortfall from what the model would reach if it were right.
+
+    Two standard errors of the shortfall speak for the model, unless they are larger than what
+    would be fair: then there are too few cells to tell.
+
+    Parameters
+    ----------
+    figure : Figure
+        What is judged.
+    value, shortfall, error : float
+        The figure, its shortfall from the reference and the standard error of that.
+
+    Returns
+    -------
+    {"good", "fair", "poor", "unclear", "shown"}
+        ``shown`` where nothing can be said without another model.
+    """
+    if figure.good is None or figure.fair is None:
+        return SHOWN
+    if math.isnan(value) or math.isnan(shortfall):
+        return UNCLEAR
+    allowance = 2 * (0 if math.isnan(error) else error)
+    if shortfall - allowance > figure.fair:
+        return POOR
+    if allowance > figure.fair:
+        return UNCLEAR
+    return GOOD if shortfall - allowance <= figure.good else FAIR
+
+
+def _fold(value: float) -> str:
+    """Say a typical fold error of an agreement: ``3 %`` or ``1.6-fold``."""
+    error = 1 / max(value, 1e-9) - 1
+    return f"{error:.1%}".replace("%", " %") if error < 0.5 else f"{1 + error:.2g}-fold"
+
+
+_SUBJECTS = {
+    "gene_mean": "The typical gene's mean in the draws is off by {off} (by {chance} if the model "
+    "were right).",
+    "gene_variance": "The typical gene's variance over all cells is off by {off} (by {chance} if "
+    "the model were right).",
+    "gene_nonzero": "The share of cells in which the typical gene is found at all is off by {off} "
+    "(by {chance} if the model were right).",
+    "dispersion": "Around what the model expects of each cell, the typical gene's noise is off by "
+    "{off} (by {chance} if the model were right).",
+    "library": "Drawn cells have {off} more or fewer counts than observed ones.",
+    "label_means": "Within a cell type, the typical gene's mean is off by {off} (by {chance} if "
+    "the model were right).",
+}
+
+
+def sentence(name: str, figure: Mapping[str, Any]) -> str:
+    """Say one figure in a sentence.
+
+    Parameters
+    ----------
+    name : str
+        Of `FIGURES`.
+    figure : mapping
+        Its entry in the report, not rounded yet.
+
+    Returns
+    -------
+    str
+    """
+    value, reference = figure["value"], figure["reference"]
+    if math.isnan(value):
+        return "There are too few cells, or too few genes with counts, to tell."
+    if name in _SUBJECTS:
+        return _SUBJECTS[name].format(off=_fold(value), chance=_fold(reference))
+    if name.startswith("calibration"):
+        percent = name.rpartition("_")[2]
+        return (
+            f"The share of counts inside the model's {percent} % intervals is off by "
+            f"{100 * (1 - value):.1f} percentage points, for genes with an expected count of 1 or "
+            "more."
+        )
+    if name == "correlation":
+        return (
+            f"Correlations of genes within a cell type are off by {1 - value:.3f} "
+            f"(by {1 - reference:.3f} if the model were right)."
+        )
+    if name == "prior_fit":
+        return (
+            "Where the cells lie in latent space and where the model generates new cells differ by "
+            f"{-math.log(max(value, 1e-9)):.2f} nats a dimension "
+            f"({-math.log(reference):.2f} by chance)."
+        )
+    return f"{value:.2f} nats a cell; compare it with that of another model on the same cells."
+
+
+def summarise(figures: dict[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the verdict: a headline, and a sentence for every figure, which is added to it.
+
+    Parameters
+    ----------
+    figures : dict
+        The report's figures; each gets a ``sentence``.
+    found : mapping
+        The report's ``genes`` and ``labels``.
+
+    Returns
+    -------
+    dict
+        ``judged``, ``headline`` and ``advice``, a list of sentences.
+    """
+    by_judgement: dict[str, list[str]] = {}
+    for name, figure in figures.items():
+        figure["sentence"] = sentence(name, figure)
+        by_judgement.setdefault(figure["judged"], []).append(name)
+    poor, fair = by_judgement.get(POOR, []), by_judgement.get(FAIR, [])
+    unclear = by_judgement.get(UNCLEAR, [])
+    if poor:
+        judged = POOR
+        headline = "Cells drawn from this model differ clearly from real ones."
+    elif fair:
+        judged = FAIR
+        headline = "Cells drawn from this model are like real ones, with reservations."
+    elif len(unclear) > len(by_judgement.get(GOOD, [])):
+        judged = UNCLEAR
+        headline = "There are too few cells to judge this model."
+    else:
+        judged = GOOD
+        headline = "Cells drawn from this model are like real ones in all that was checked."
+    return {"judged": judged, "headline": headline, "advice": _advice(figures, poor + fair, found)}
+
+
+def _advice(figures: Mapping[str, Any], weak: list[str], found: Mapping[str, Any]) -> list[str]:
+    """Say what the weak figures are likely to come from."""
+    advice = []
+    intervals = [name for name in weak if name.startswith("calibration")]
+    if "dispersion" in weak or intervals:
+        advice.append(_advice_on_noise(found))
+    if "library" in weak or "gene_mean" in weak:
+        advice.append(
+            "Means are off: do not compare expression between drawn and real cells yet. Training "
+            "longer is the first thing to try."
+        )
+    if "label_means" in weak:
+        worst = [label for label in found["labels"] if not math.isnan(label["agreement"])]
+        worst.sort(key=lambda label: label["agreement"] - label["agreement_reference"])
+        names = ", ".join(label["label"] for label in worst[:3])
+        advice.append(
+            f"Cell types are not equally well learned: the weakest are {names}. If their genes "
+            "look like those of another type, look for mislabelled cells."
+        )
+    if "correlation" in weak:
+        advice.append(
+            "Genes vary together less, or more, than they should: more latent dimensions, or "
+            "longer training, may help; do not infer gene networks from the draws."
+        )
+    if "prior_fit" in weak:
+        advice.append(
+            "Cells generated from the prior (`/v1/generate`) will be less like real ones than "
+            "draws for given cells: latent space is not filled as the prior says."
+        )
+    return advice
+
+
+def _advice_on_noise(found: Mapping[str, Any]) -> str:
+    genes = found["genes"]
+    ratios = [
+        ratio
+        for ratio, mean in zip(genes["noise_ratio"], genes["observed_mean"], strict=True)
+        if mean > 0.1
+    ]
+    above = sum(ratio > 1 for ratio in ratios)
+    if 2 * above >= len(ratios):
+        return (
+            "Real cells vary more around the model's expectation than the model says, in most "
+            "genes: its intervals are too narrow. It has not learned all the structure in the "
+            "data, or its dispersions are not trained to the end."
+        )
+    return (
+        "Real cells vary less around the model's expectation than the model says, in most genes: "
+        "its intervals are too wide, and draws are noisier than data."
+    )
