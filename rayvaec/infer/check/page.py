@@ -64,9 +64,11 @@ def number(value: float | None, digits: int = 3) -> str:
     """Write a number for a person, to some digits; a dash for what is not known."""
     if value is None:
         return "-"
-    if value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e6):
+    if value == 0:
+        return "0"
+    before = math.floor(math.log10(abs(value))) + 1
+    if not -4 <= before <= 7:
         return f"{value:.{digits - 1}e}"
-    before = max(math.floor(math.log10(abs(value))) + 1, 1) if value else 1
     return f"{value:,.{max(digits - before, 0)}f}"
 
 

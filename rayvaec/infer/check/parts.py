@@ -41,7 +41,7 @@ from rayvaec.infer.check.tally import (
 from rayvaec.infer.check.worker import Points
 
 CAUTION = 3.0
-"""Standard errors that are taken off a deviation before genes are ranked by it."""
+"""Standard errors that count for nothing where genes are ranked by how far off they are."""
 
 WORST_GENES, WORST_OF_LABEL = 15, 3
 TREND_BINS = 20
@@ -55,9 +55,10 @@ def _ratio(numerator: Array, denominator: Array) -> Array:
         return numerator / denominator
 
 
-def _cautious(log_ratio: Array, error: Array) -> Array:
-    """Return how large a deviation is at least."""
-    return np.nan_to_num(np.maximum(np.abs(log_ratio) - CAUTION * error, 0), posinf=0)
+def _cautious(deviation: Array, z: Array) -> Array:
+    """Return how large a deviation of so many standard errors is at least."""
+    share = 1 - CAUTION / np.maximum(np.nan_to_num(np.abs(z)), CAUTION)
+    return np.abs(deviation) * share
 
 
 def genes_of(tally: Tally, genes: Sequence[str]) -> dict[str, Any]:
@@ -73,16 +74,13 @@ def genes_of(tally: Tally, genes: Sequence[str]) -> dict[str, Any]:
     counts = observed["mean"] * n
     zeros = n - tally.genes[OBSERVED, NONZERO]
     noise_ratio = residual_ratio(tally, OBSERVED)
+    z_mean = _ratio(counts - expected[MEAN], np.sqrt(expected[VARIANCE]))
+    z_noise = _ratio(residual - expected[VARIANCE], np.sqrt(expected[FOURTH]))
+    z_zeros = _ratio(zeros - expected[ZERO], np.sqrt(expected[ZERO_VARIANCE]))
     worst = {
-        "mean": _cautious(
-            np.log((counts + 0.5) / (expected[MEAN] + 0.5)),
-            _ratio(np.sqrt(expected[VARIANCE]), expected[MEAN]),
-        ),
-        "noise": _cautious(
-            np.log(np.maximum(noise_ratio, 1e-9)),
-            _ratio(np.sqrt(expected[FOURTH]), expected[VARIANCE]),
-        ),
-        "zeros": _cautious((zeros - expected[ZERO]) / n, np.sqrt(expected[ZERO_VARIANCE]) / n),
+        "mean": _cautious(np.log((counts + 0.5) / (expected[MEAN] + 0.5)), z_mean),
+        "noise": _cautious(np.log(np.maximum(noise_ratio, 1e-9)), z_noise),
+        "zeros": _cautious((zeros - expected[ZERO]) / n, z_zeros),
     }
     return {
         "names": list(genes),
@@ -92,10 +90,10 @@ def genes_of(tally: Tally, genes: Sequence[str]) -> dict[str, Any]:
         "drawn_variance": drawn["variance"],
         "observed_zero_fraction": 1 - observed["nonzero"],
         "drawn_zero_fraction": 1 - drawn["nonzero"],
-        "z_mean": _ratio(counts - expected[MEAN], np.sqrt(expected[VARIANCE])),
+        "z_mean": z_mean,
         "noise_ratio": noise_ratio,
-        "z_noise": _ratio(residual - expected[VARIANCE], np.sqrt(expected[FOURTH])),
-        "z_zero_fraction": _ratio(zeros - expected[ZERO], np.sqrt(expected[ZERO_VARIANCE])),
+        "z_noise": z_noise,
+        "z_zero_fraction": z_zeros,
         "worst": {
             name: [genes[gene] for gene in _largest(score, WORST_GENES)]
             for name, score in worst.items()
@@ -145,8 +143,8 @@ def _worst_of_label(
 ) -> list[dict[str, Any]]:
     counts = tally.label_genes[OBSERVED, code]
     expected, variance = tally.label_expected[:, code]
-    fold = (counts + 0.5) / (expected + 0.5)
-    score = _cautious(np.log(fold), _ratio(np.sqrt(variance), expected))
+    fold = np.log((counts + 0.5) / (expected + 0.5))
+    score = _cautious(fold, _ratio(counts - expected, np.sqrt(variance)))
     n = max(tally.cells[code], 1)
     return [
         {
@@ -176,6 +174,7 @@ def calibration_of(tally: Tally, labels: Sequence[str]) -> dict[str, Any]:
             for name, counts, covered in zip(names, by_level, coverage(by_level), strict=True)
         ],
         "labels": dict(zip(labels, coverage(by_label), strict=True)),
+        "coverage": coverage(by_label.sum(0)),
         "pit": _shares(by_label.sum(0)),
     }
 

@@ -212,6 +212,8 @@ def _trend(axes: Axes, model: dict[str, Any]) -> str:
 
 
 def _libraries(axes: Axes, model: dict[str, Any]) -> str:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     libraries = model["libraries"]
     edges = np.array(libraries["edges"])
     width = max(len(libraries["observed"]) // 40, 1)
@@ -221,6 +223,9 @@ def _libraries(axes: Axes, model: dict[str, Any]) -> str:
         borders = edges[np.append(np.arange(0, len(shares), width), len(shares))]
         axes.stairs(100 * sums, borders, color=colour, lw=1.8, ls=style, label=name)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xlabel("counts of a cell")
     axes.set_ylabel("% of cells")
     axes.legend()

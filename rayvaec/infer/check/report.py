@@ -95,6 +95,7 @@ def _described(
     found = {
         "genes": genes_of(total, genes),
         "labels": labels_of(estimates, labels, genes, panel),
+        "calibration": calibration_of(total, labels),
     }
     return {
         "path": path,
@@ -102,7 +103,6 @@ def _described(
         "verdict": summarise(figures, found),
         "figures": figures,
         **found,
-        "calibration": calibration_of(total, labels),
         "libraries": libraries_of(total, labels),
         "trend": trend_of(total),
         "correlations": correlations_of(total, labels, genes, panel),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rayvaec.infer.check.figures import Figure
+from rayvaec.infer.check.figures import INTERVALS, Figure
 
 GOOD, FAIR, POOR, UNCLEAR, SHOWN = "good", "fair", "poor", "unclear", "shown"
 
@@ -81,13 +81,6 @@ def sentence(name: str, figure: Mapping[str, Any]) -> str:
         return "There are too few cells, or too few genes with counts, to tell."
     if name in _SUBJECTS:
         return _SUBJECTS[name].format(off=_fold(value), chance=_fold(reference))
-    if name.startswith("calibration"):
-        percent = name.rpartition("_")[2]
-        return (
-            f"The share of counts inside the model's {percent} % intervals is off by "
-            f"{100 * (1 - value):.1f} percentage points, for genes with an expected count of 1 or "
-            "more."
-        )
     if name == "correlation":
         return (
             f"Correlations of genes within a cell type are off by {1 - value:.3f} "
@@ -102,40 +95,65 @@ def sentence(name: str, figure: Mapping[str, Any]) -> str:
     return f"{value:.2f} nats a cell; compare it with that of another model on the same cells."
 
 
+def _calibration_sentence(covered: Sequence[float]) -> str:
+    if any(math.isnan(share) for share in covered):
+        return "No gene has an expected count of 1 or more, so intervals cannot be judged."
+    expected = " %, ".join(f"{100 * interval:g}" for interval in INTERVALS)
+    found = ", ".join(f"{100 * share:.1f}" for share in covered)
+    return (
+        f"Of the counts that should be inside its {expected} % intervals, the model has {found} % "
+        "inside, in genes with an expected count of 1 or more."
+    )
+
+
 def summarise(figures: dict[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the verdict: a headline, and a sentence for every figure, which is added to it.
+    """Return the verdict on a model.
 
     Parameters
     ----------
     figures : dict
-        The report's figures; each gets a ``sentence``.
+        The report's figures.
     found : mapping
-        The report's ``genes`` and ``labels``.
+        The report's ``genes``, ``labels`` and ``calibration``.
 
     Returns
     -------
     dict
-        ``judged``, ``headline`` and ``advice``, a list of sentences.
+        ``judged``; ``headline``; ``findings``, a list of ``judged`` and ``sentence``; and
+        ``advice``, a list of sentences.
     """
-    by_judgement: dict[str, list[str]] = {}
-    for name, figure in figures.items():
-        figure["sentence"] = sentence(name, figure)
-        by_judgement.setdefault(figure["judged"], []).append(name)
-    poor, fair = by_judgement.get(POOR, []), by_judgement.get(FAIR, [])
-    unclear = by_judgement.get(UNCLEAR, [])
-    if poor:
-        judged = POOR
-        headline = "Cells drawn from this model differ clearly from real ones."
-    elif fair:
-        judged = FAIR
-        headline = "Cells drawn from this model are like real ones, with reservations."
-    elif len(unclear) > len(by_judgement.get(GOOD, [])):
-        judged = UNCLEAR
-        headline = "There are too few cells to judge this model."
+    intervals = [name for name in figures if name.startswith("calibration")]
+    findings = [
+        {"judged": figure["judged"], "sentence": sentence(name, figure)}
+        for name, figure in figures.items()
+        if name not in intervals and figure["judged"] != SHOWN
+    ]
+    worst = max((figures[name]["judged"] for name in intervals), key=_ORDER.index)
+    covered = _calibration_sentence(found["calibration"]["coverage"])
+    findings.append({"judged": worst, "sentence": covered})
+    weak = [name for name, figure in figures.items() if figure["judged"] in (FAIR, POOR)]
+    judged = [finding["judged"] for finding in findings]
+    if POOR in judged:
+        overall = POOR
+    elif FAIR in judged:
+        overall = FAIR
     else:
-        judged = GOOD
-        headline = "Cells drawn from this model are like real ones in all that was checked."
-    return {"judged": judged, "headline": headline, "advice": _advice(figures, poor + fair, found)}
+        overall = UNCLEAR if judged.count(UNCLEAR) > judged.count(GOOD) else GOOD
+    return {
+        "judged": overall,
+        "headline": _HEADLINES[overall],
+        "findings": findings,
+        "advice": _advice(figures, weak, found),
+    }
+
+
+_ORDER = (GOOD, UNCLEAR, FAIR, POOR)
+_HEADLINES = {
+    GOOD: "Cells drawn from this model are like real ones in all that was checked.",
+    FAIR: "Cells drawn from this model are like real ones, with reservations.",
+    POOR: "Cells drawn from this model differ clearly from real ones.",
+    UNCLEAR: "There are too few cells to judge this model.",
+}
 
 
 def _advice(figures: Mapping[str, Any], weak: list[str], found: Mapping[str, Any]) -> list[str]:
