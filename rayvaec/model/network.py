@@ -201,6 +201,28 @@ class VAECNetwork(nn.Module):
         rows = torch.arange(len(y), device=y.device)
         return means[rows, component], torch.exp(log_std[rows, component]) + MIXTURE_FLOOR
 
+    def prior_moments(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and covariance of z's prior.
+
+        Parameters
+        ----------
+        y : Tensor[n_cells, 1], label codes
+
+        Returns
+        -------
+        tuple of Tensor[n_cells, n_latent] and Tensor[n_cells, n_latent, n_latent]
+        """
+        n_latent = self.config.n_latent
+        if self.config.prior == "normal":
+            mean = self.px_r.new_zeros(len(y), n_latent)
+            return mean, torch.eye(n_latent).to(mean).expand(len(y), -1, -1)
+        means, log_std, logits = self._components(y)
+        weights = torch.softmax(logits, 1)[:, :, None]
+        mean = (weights * means).sum(1)
+        around = means - mean[:, None]
+        within = (weights * (torch.exp(log_std) + MIXTURE_FLOOR) ** 2).sum(1)
+        return mean, torch.diag_embed(within) + (weights * around).mT @ around
+
     def prior_log_prob(self, z: Tensor, y: Tensor) -> Tensor:
         """Return the log-density of the prior.
 

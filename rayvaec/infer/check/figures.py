@@ -200,12 +200,12 @@ def _calibration(number: int) -> Measure:
 
 
 def prior_divergence(tally: Tally) -> Array:
-    """Return how far each label's cells are from N(0, I) in latent space, nats a dimension.
+    """Return how far each label's cells are from the prior in latent space, nats a dimension.
 
-    That is KL(N(m, S) || N(0, I)) / n_latent with the mean m and the covariance S of all of the
-    label's q(z | x, y) taken together; NaN where the label has too few cells. It matters since new
-    cells are generated from the prior, whether or not real ones are there (Hoffman & Johnson 2016,
-    ELBO surgery).
+    That is KL(N(m, S) || N(m', S')) / n_latent with mean and covariance m, S of all of the label's
+    q(z | x, y) taken together and m', S' of the prior; NaN where the label has too few cells. It
+    matters since new cells are generated from the prior, whether or not real ones are there
+    (Hoffman & Johnson 2016, ELBO surgery).
     """
     n_labels, n_latent = tally.latent_mean.shape
     result = np.full(n_labels, np.nan)
@@ -214,8 +214,12 @@ def prior_divergence(tally: Tally) -> Array:
         m = tally.latent_mean[label] / n
         covariance = tally.latent_products[label] / n - np.outer(m, m)
         covariance += np.diag(tally.latent_variance[label] / n)
-        _, log_determinant = np.linalg.slogdet(covariance)
-        divergence = np.trace(covariance) + m @ m - n_latent - log_determinant
+        prior_m = tally.prior_mean[label] / n
+        prior = tally.prior_products[label] / n - np.outer(prior_m, prior_m)
+        relative = np.linalg.solve(prior, covariance)
+        _, log_determinant = np.linalg.slogdet(relative)
+        distance = (m - prior_m) @ np.linalg.solve(prior, m - prior_m)
+        divergence = np.trace(relative) + distance - n_latent - log_determinant
         result[label] = divergence / 2 / n_latent
     return result
 
@@ -232,12 +236,19 @@ def _prior_fit(tally: Tally, data: int) -> float:
     return float(np.exp(-np.average(divergence[known], weights=tally.cells[known])))
 
 
-def _elbo(tally: Tally, data: int) -> float:
-    return float(tally.bound[0].sum() / tally.cells.sum()) if data == OBSERVED else float("nan")
+def _of_bound(row: int) -> Measure:
+    def measure(tally: Tally, data: int) -> float:
+        known = data == OBSERVED
+        return float(tally.bound[row].sum() / tally.cells.sum()) if known else float("nan")
+
+    return measure
 
 
 FIGURES: dict[str, Figure] = {
-    "elbo": Figure(_elbo, "evidence lower bound, nats a cell"),
+    "elbo": Figure(_of_bound(0), "evidence lower bound, nats a cell"),
+    "reconstruction": Figure(
+        _of_bound(2), "log-likelihood of the counts given z, nats a cell: minus scvi-tools' error"
+    ),
     "gene_mean": Figure(_of_genes("mean"), "agreement of the genes' means", 0.05, 0.15),
     "gene_variance": Figure(_of_genes("variance"), "agreement of the genes' variances", 0.05, 0.15),
     "gene_nonzero": Figure(

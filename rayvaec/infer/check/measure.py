@@ -90,7 +90,8 @@ def _measure_part(
 
     mean, variance = posterior.latent(module, cells)
     _add_latent(mean, variance, labels, tally)
-    _add_bound(posterior.elbo(module, cells, seed), labels, tally)
+    _add_prior(module, cells, labels, tally)
+    _add_bound(*posterior.bound_terms(module, cells, seed), labels, tally)
     # z of the first draw, so that what is known given z holds for the replicate as well.
     noise = normal_noise(seed, cells.keys, np.zeros(len(cells), np.uint64), mean.shape[1])
     z = (mean + np.sqrt(variance) * noise).astype(np.float32)
@@ -151,8 +152,22 @@ def _add_latent(
     np.add.at(tally.latent_products, labels, wide[:, :, None] * wide[:, None, :])
 
 
-def _add_bound(elbo: NDArray[np.float64], labels: NDArray[np.int64], tally: Tally) -> None:
-    for row, values in enumerate((elbo, elbo**2)):
+@torch.no_grad()
+def _add_prior(module: VAEC, cells: Cells, labels: NDArray[np.int64], tally: Tally) -> None:
+    codes = torch.from_numpy(cells.labels)[:, None].to(module.px_r.device)
+    mean, covariance = (moment.double().cpu().numpy() for moment in module.prior_moments(codes))
+    np.add.at(tally.prior_mean, labels, mean)
+    np.add.at(tally.prior_products, labels, covariance + mean[:, :, None] * mean[:, None, :])
+
+
+def _add_bound(
+    reconstruction: NDArray[np.float64],
+    divergence: NDArray[np.float64],
+    labels: NDArray[np.int64],
+    tally: Tally,
+) -> None:
+    elbo = -(reconstruction + divergence)
+    for row, values in enumerate((elbo, elbo**2, -reconstruction)):
         tally.bound[row] += np.bincount(labels, values, len(tally.cells))
 
 

@@ -243,8 +243,8 @@ def correlations_of(
 def latent_of(tally: Tally, labels: Sequence[str], points: Points) -> dict[str, Any]:
     """Return the map of some cells on the two principal axes of all cells' latent means.
 
-    Principal components, since latent space has few dimensions and a normal prior: distances on
-    the map are distances there, and the axes say how much of the variance they show.
+    Principal components, since latent space has few dimensions: distances on the map are distances
+    there, and the axes say how much of the variance they show.
     """
     n = max(tally.cells.sum(), 1)
     mean = tally.latent_mean.sum(0) / n

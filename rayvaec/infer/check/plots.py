@@ -126,7 +126,7 @@ def _numbers(values: list[float | None]) -> np.ndarray:
 
 
 def _thinned(n: int) -> slice:
-    return slice(None, None, -(-n // MOST_DOTS))
+    return slice(None, None, max(-(-n // MOST_DOTS), 1))
 
 
 def _dots(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str = OBSERVED) -> None:

@@ -106,7 +106,7 @@ def _described(
         "libraries": libraries_of(total, labels),
         "trend": trend_of(total),
         "correlations": correlations_of(total, labels, genes, panel),
-        "latent": latent_of(total, labels, points),
+        "latent": {"prior": model.module.config.prior, **latent_of(total, labels, points)},
     }
 
 

@@ -98,8 +98,10 @@ def check_store(
         check_gpus(num_workers * use_gpu, who)
         check_seen([*paths, where], [out])
         device = "cuda" if use_gpu else "cpu"
-        ledger = _begin(config, models, store, out.absolute(), len(rows), device)
+        ledger = Ledger(out.absolute(), _plan(config, models, store, len(rows), device))
         try:
+            if not ledger.goes_on:
+                ledger.begin()
             work = _work(models, paths, store, rows, config, ledger, device)
             with actors(CheckWorker, work, num_workers, use_gpu) as workers:
                 _measure(workers, work, ledger)
@@ -136,15 +138,10 @@ def _rows(store: Store, config: CheckConfig) -> range:
     return rows[: config.max_cells]
 
 
-def _begin(
-    config: CheckConfig,
-    models: list[TrainedModel],
-    store: Store,
-    out: Path,
-    n_cells: int,
-    device: str,
-) -> Ledger:
-    plan = {
+def _plan(
+    config: CheckConfig, models: list[TrainedModel], store: Store, n_cells: int, device: str
+) -> dict[str, Any]:
+    return {
         "quantity": "check",
         **config.identity(),
         "n_cells": n_cells,
@@ -153,10 +150,6 @@ def _begin(
         "rayvaec_version": rayvaec.__version__,
         "device": device,
     }
-    ledger = Ledger(out, plan)
-    if not ledger.goes_on:
-        ledger.begin()
-    return ledger
 
 
 def _work(

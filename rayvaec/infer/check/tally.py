@@ -93,6 +93,10 @@ class Tally:
         Sum of their products.
     bound : Array[3, n_labels]
         Sum of the evidence lower bound, of its square, and of the log-likelihood given z.
+    prior_mean : Array[n_labels, n_latent]
+        Sum of the means of z's prior.
+    prior_products : Array[n_labels, n_latent, n_latent]
+        Sum of the expectations of z z' under the prior.
     latent_mean, latent_variance : Array[n_labels, n_latent]
         Sums of mean and variance of q(z | x, y).
     latent_products : Array[n_labels, n_latent, n_latent]
@@ -112,6 +116,8 @@ class Tally:
     pair_sums: Array
     pair_products: Array
     bound: Array
+    prior_mean: Array
+    prior_products: Array
     latent_mean: Array
     latent_variance: Array
     latent_products: Array
@@ -134,6 +140,8 @@ class Tally:
             "pair_sums": (3, n_labels, n_pairs),
             "pair_products": (3, n_labels, n_pairs, n_pairs),
             "bound": (3, n_labels),
+            "prior_mean": (n_labels, n_latent),
+            "prior_products": (n_labels, n_latent, n_latent),
             "latent_mean": (n_labels, n_latent),
             "latent_variance": (n_labels, n_latent),
             "latent_products": (n_labels, n_latent, n_latent),

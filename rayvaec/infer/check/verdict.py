@@ -14,8 +14,9 @@ GOOD, FAIR, POOR, UNCLEAR, SHOWN = "good", "fair", "poor", "unclear", "shown"
 def judge(figure: Figure, value: float, shortfall: float, error: float) -> str:
     """Judge a figure by its shortfall from what the model would reach if it were right.
 
-    Two standard errors of the shortfall speak for the model, unless they are larger than what
-    would be fair: then there are too few cells to tell.
+    The shortfall decides, whatever its error, with two exceptions. If two errors to either side
+    reach from good to poor, there are too few cells to tell. If they reach zero, a shortfall that
+    is fair may be nothing but chance and is called good. With many cells neither happens.
 
     Parameters
     ----------
@@ -31,14 +32,14 @@ def judge(figure: Figure, value: float, shortfall: float, error: float) -> str:
     """
     if figure.good is None or figure.fair is None:
         return SHOWN
-    if math.isnan(value) or math.isnan(shortfall):
+    if math.isnan(value) or math.isnan(shortfall) or math.isnan(error):
         return UNCLEAR
-    allowance = 2 * (0 if math.isnan(error) else error)
-    if shortfall - allowance > figure.fair:
-        return POOR
-    if allowance > figure.fair:
+    least, most = shortfall - 2 * error, shortfall + 2 * error
+    if least <= figure.good and most > figure.fair:
         return UNCLEAR
-    return GOOD if shortfall - allowance <= figure.good else FAIR
+    if shortfall <= figure.good or least <= 0:
+        return GOOD
+    return FAIR if shortfall <= figure.fair else POOR
 
 
 def _fold(value: float) -> str:
@@ -63,7 +64,7 @@ _SUBJECTS = {
 
 
 def sentence(name: str, figure: Mapping[str, Any]) -> str:
-    """Say one figure in a sentence.
+    """Say one figure that is judged, but not of an interval, in a sentence.
 
     Parameters
     ----------
@@ -86,13 +87,11 @@ def sentence(name: str, figure: Mapping[str, Any]) -> str:
             f"Correlations of genes within a cell type are off by {1 - value:.3f} "
             f"(by {1 - reference:.3f} if the model were right)."
         )
-    if name == "prior_fit":
-        return (
-            "Where the cells lie in latent space and where the model generates new cells differ by "
-            f"{-math.log(max(value, 1e-9)):.2f} nats a dimension "
-            f"({-math.log(reference):.2f} by chance)."
-        )
-    return f"{value:.2f} nats a cell; compare it with that of another model on the same cells."
+    nats, chance = -math.log(max(value, 1e-9)), -math.log(reference)
+    return (
+        "Where the cells lie in latent space and where the model generates new cells differ by "
+        f"{nats:.2f} nats a dimension ({chance:.2f} by chance)."
+    )
 
 
 def _calibration_sentence(covered: Sequence[float]) -> str:
