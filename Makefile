@@ -3,7 +3,7 @@ VENV ?= .venv
 EXTRAS ?= test
 INSTALLED = $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: demo test chaos lint format clean
+.PHONY: demo pictures test chaos lint format clean
 
 demo: $(INSTALLED)  ## everything on a synthetic atlas, in a few minutes on two cores
 	$(VENV)/bin/rayvaec demo --out demo-output --overwrite
@@ -18,6 +18,9 @@ lint: $(INSTALLED)  ## style, docstrings and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+pictures: $(INSTALLED)  ## docs/img anew; needs chromium and chromedriver
+	$(VENV)/bin/python docs/pictures.py
 
 format: $(INSTALLED)  ## mend what ruff can mend
 	$(VENV)/bin/ruff check --fix .
