@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import orjson
 
 import rayvaec
 from rayvaec.infer.posterior import Cells
@@ -147,7 +147,8 @@ class Service:
         results = [result async for result in self._results(task, lambda result: result)]
 
         def encode() -> bytes:
-            return json.dumps({**task.facts, **task.as_json(results)}, allow_nan=False).encode()
+            answer = {**task.facts, **task.as_json(results)}
+            return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
 
         return await asyncio.get_running_loop().run_in_executor(self._threads.readers, encode)
 

@@ -85,7 +85,7 @@ class Task(Protocol):
         ...
 
     def as_json(self, results: Sequence[Any]) -> dict[str, Any]:
-        """Return what a JSON answer holds beside the facts."""
+        """Return what a JSON answer holds beside the facts; arrays stand for lists."""
         ...
 
     @property
@@ -187,9 +187,9 @@ class DrawTask:
         lengths = [np.diff(rows.indptr) for rows in results]
         return {
             "draws": {
-                "indptr": [0, *np.cumsum(np.concatenate(lengths)).tolist()],
-                "indices": np.concatenate([rows.indices for rows in results]).tolist(),
-                "counts": np.concatenate([rows.counts for rows in results]).tolist(),
+                "indptr": np.cumsum(np.concatenate([[0], *lengths])),
+                "indices": np.concatenate([rows.indices for rows in results]),
+                "counts": np.concatenate([rows.counts for rows in results]),
             }
         }
 
@@ -279,7 +279,8 @@ class DenseTask:
 
     def as_json(self, results: Sequence[Block]) -> dict[str, Any]:
         """Return a matrix for each column."""
-        return {name: m.tolist() for name, m in joined(tuple(self.widths), results).items()}
+        matrices = joined(tuple(self.widths), results)
+        return {name: np.ascontiguousarray(matrix) for name, matrix in matrices.items()}
 
     @property
     def about(self) -> Annotation:
