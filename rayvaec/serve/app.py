@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
+from prometheus_client import Metric
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 
@@ -25,6 +26,7 @@ from rayvaec.runtime import ray_session, usable_cpus
 from rayvaec.serve import front
 from rayvaec.serve.auth import TOKEN_VARIABLE, check_bind, token_digest
 from rayvaec.serve.limits import Limits
+from rayvaec.serve.metrics import Metrics
 from rayvaec.serve.models import ONLY_NAME, check_names
 from rayvaec.serve.replicas import cpus_per_replica, replica_range, scaling
 from rayvaec.serve.routes import create_app
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 NAME = "rayvaec"
+_METRICS_TIMEOUT_S = 5.0
 HEALTH_PLACES = 64
 """Requests that reach a replica beyond those its gate lets in: health checks, and refusals."""
 
@@ -107,11 +110,40 @@ class Endpoint:
             model = load_model(folder, "cuda" if args.use_gpu else "cpu")
             self._services[name] = Service(model, args.limits, threads)
             self._services[name].warm_up()
+        self._metrics: Metrics | None = None
+        _log_with_serve()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application; Ray Serve calls this once the models are loaded."""
         # The proxy in front adds X-Request-ID to every answer.
-        return create_app(self._services, self._limits, self._token_digest, behind_proxy=True)
+        app = create_app(
+            *(self._services, self._limits, self._token_digest),
+            behind_proxy=True,
+            replica=serve.get_replica_context().replica_id.unique_id,
+            replicas=self._replicas,
+        )
+        self._metrics = app.state.metrics
+        return app
+
+    async def metrics(self) -> list[Metric]:
+        """Return this replica's counts; the one that is asked for /metrics asks all for theirs."""
+        return [] if self._metrics is None else self._metrics.collect()
+
+    async def _replicas(self) -> list[list[Metric]]:
+        context = serve.get_replica_context()
+        handle = serve.get_deployment_handle(context.deployment, context.app_name)
+        answers = handle.broadcast("metrics").results_async(
+            timeout_s=_METRICS_TIMEOUT_S, return_exceptions=True
+        )
+        return [each for each in await answers if not isinstance(each, BaseException)]
+
+
+def _log_with_serve() -> None:
+    """Send rayvaec's log lines where Serve sends its own."""
+    logger = logging.getLogger("rayvaec")
+    logger.handlers = logging.getLogger("ray.serve").handlers
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def build(args: ServeArgs) -> serve.Application:
@@ -147,6 +179,8 @@ def build(args: ServeArgs) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=args.limits.timeout_s + 60.0,
         max_constructor_retry_count=3,
+        # The endpoint writes a line for each request itself; it knows why one was refused.
+        logging_config={"enable_access_log": False},
     )(Endpoint).bind(args)
 
 

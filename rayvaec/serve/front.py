@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 
+from ray.util.metrics import Counter
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -69,6 +70,8 @@ class Front:
 
     def __init__(self, app: ASGIApp, places: int) -> None:
         self._app, self._gate = app, Gate(places)
+        # Ray's metrics, since no replica's /metrics knows of what a proxy does.
+        self._turned_away = Counter("rayvaec_turned_away", "Requests refused by the proxy")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -87,6 +90,8 @@ class Front:
                 place.enter_context(self._gate.enter())
                 await self._app(scope, receive, passed_on)
         except RequestError as error:
+            self._turned_away.inc()
             request_id = identify(scope)
+            scope.setdefault("state", {})["request_id"] = request_id
             headers = {"Retry-After": str(self._gate.retry_after), "X-Request-ID": request_id}
-            await problem_response(error, request_id, **headers)(scope, receive, send)
+            await problem_response(error, scope, **headers)(scope, receive, send)

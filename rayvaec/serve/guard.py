@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 import traceback
 import uuid
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,27 +19,35 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayvaec.errors import CountsError, ModelError, RayvaecError, RequestError
 from rayvaec.serve.auth import TOKEN_VARIABLE, arrived_on_loopback, authorized
-from rayvaec.serve.limits import Gate, Limits
+from rayvaec.serve.limits import Gate
+from rayvaec.serve.metrics import OTHER, Metrics
 from rayvaec.serve.page import PATHS as PAGE_PATHS
 
 logger = logging.getLogger("rayvaec")
+access = logging.getLogger("rayvaec.access")
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", *PAGE_PATHS})
 """Paths that need no token, as those below /docs do not: they tell nothing about the models."""
+
+QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
+"""Paths that are asked for every few seconds."""
+
+CUT_OFF = 499
+"""Status in logs and metrics of what was not answered whole: the client went, or a failure."""
 
 _REQUEST_ID = "X-Request-ID"
 _ID_PATTERN = re.compile(r"[\x21-\x7e]{1,128}")
 
 
-def problem_response(error: RayvaecError, request_id: str, **headers: str) -> Response:
+def problem_response(error: RayvaecError, scope: Scope, **headers: str) -> Response:
     """Return the answer to a request that is refused.
 
     Parameters
     ----------
     error : RayvaecError
         Why.
-    request_id : str
-        The request's identifier.
+    scope : Scope
+        Of the request; why it was refused is noted in its state.
     **headers : str
         Headers to add.
 
@@ -52,13 +62,10 @@ def problem_response(error: RayvaecError, request_id: str, **headers: str) -> Re
         status, name = 422, "bad_counts"
     else:
         status, name = 500, "internal"
+    scope["state"]["refused"] = name
+    request_id = scope["state"]["request_id"]
     body = {"error": name, "detail": error.detail, "fix": error.fix, "request_id": request_id}
     return JSONResponse(body, status_code=status, headers=headers)
-
-
-def request_id_of(scope: Scope) -> str:
-    """Return the request's identifier, which `Guard` has put into its state."""
-    return scope["state"]["request_id"]
 
 
 class Guard:
@@ -68,8 +75,14 @@ class Guard:
     ----------
     app : ASGI application
         What is guarded.
-    limits : Limits
-        How many requests there may be at once, and how long an answer may take to begin.
+    gate : Gate
+        How many requests there may be at once.
+    timeout_s : float
+        How long an answer may take to begin.
+    metrics : Metrics
+        What counts the requests.
+    paths : collection of str
+        Addresses of the routes; metrics and logs tell no others apart.
     token_digest : str, optional
         SHA-256 of the token; without one, only connections to a loopback address are answered.
     behind_proxy : bool
@@ -77,11 +90,18 @@ class Guard:
     """
 
     def __init__(
-        self, app: ASGIApp, limits: Limits, token_digest: str | None, behind_proxy: bool
+        self,
+        app: ASGIApp,
+        gate: Gate,
+        timeout_s: float,
+        metrics: Metrics,
+        paths: Collection[str],
+        token_digest: str | None,
+        behind_proxy: bool,
     ) -> None:
         self._app, self._token_digest = app, token_digest
-        self._timeout_s, self._behind_proxy = limits.timeout_s, behind_proxy
-        self._gate = Gate(limits.max_requests)
+        self._gate, self._timeout_s, self._behind_proxy = gate, timeout_s, behind_proxy
+        self._metrics, self._paths = metrics, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -90,6 +110,25 @@ class Guard:
             return
         answer = _Answer(send, identify(scope), add_id=not self._behind_proxy)
         scope.setdefault("state", {})["request_id"] = answer.request_id
+        started = time.monotonic()
+        try:
+            await self._answer(scope, receive, answer)
+        finally:
+            self._note(scope, answer, time.monotonic() - started)
+
+    def _note(self, scope: Scope, answer: _Answer, seconds: float) -> None:
+        """Count a request and write its line to the log; neither holds what a client made up."""
+        route = scope["path"] if scope["path"] in self._paths else OTHER
+        state, status = scope["state"], answer.status if answer.finished else CUT_OFF
+        self._metrics.count(
+            *(route, status, seconds, state.get("draws", 0) if answer.finished else 0),
+            state.get("refused", ""),
+        )
+        level = logging.DEBUG if route in QUIET_PATHS else logging.INFO
+        line = (answer.request_id, scope["method"], route, status, 1000 * seconds)
+        access.log(level, "%s %s %s %d %.1f ms", *line)
+
+    async def _answer(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         try:
             self._authorize(scope)
             with self._place(scope):
@@ -155,7 +194,7 @@ class Guard:
             headers["Retry-After"] = str(self._gate.retry_after)
         if isinstance(error, RequestError) and error.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        await problem_response(error, answer.request_id, **headers)(scope, receive, answer)
+        await problem_response(error, scope, **headers)(scope, receive, answer)
 
 
 class _Answer:
@@ -163,18 +202,20 @@ class _Answer:
 
     def __init__(self, send: Send, request_id: str, add_id: bool) -> None:
         self._send, self.request_id, self._add_id = send, request_id, add_id
-        self.started = False
+        self.started, self.finished, self.status = False, False, CUT_OFF
         self.clock: asyncio.Timeout | None = None
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.started = True
+            self.started, self.status = True, message["status"]
             if self._add_id:
                 MutableHeaders(scope=message)[_REQUEST_ID] = self.request_id
             if self.clock is not None and not self.clock.expired():
                 # An answer that has begun may take as long as it takes: its work is bounded.
                 self.clock.reschedule(None)
         await self._send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.finished = True
 
 
 def identify(scope: Scope) -> str:

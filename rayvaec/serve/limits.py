@@ -247,6 +247,11 @@ class Gate:
             self._mean_seconds += 0.1 * (time.monotonic() - started - self._mean_seconds)
 
     @property
+    def inside(self) -> int:
+        """Requests that hold a place."""
+        return self._inside
+
+    @property
     def retry_after(self) -> int:
         """Seconds after which a place should be free: what a request has lately taken."""
         return min(max(math.ceil(self._mean_seconds), 1), 60)

@@ -47,6 +47,11 @@ class Merger:
         self._waiting: deque[tuple[Sized, asyncio.Future[Any]]] = deque()
         self._runner: asyncio.Task[None] | None = None
 
+    @property
+    def waiting(self) -> int:
+        """Jobs that are not yet at work."""
+        return len(self._waiting)
+
     async def submit(self, job: Sized) -> Any:
         """Run a job, perhaps together with others.
 

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Query, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from prometheus_client import Metric
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 import rayvaec
 from rayvaec.errors import RequestError
 from rayvaec.serve import openapi
 from rayvaec.serve.bodies import Sent
 from rayvaec.serve.docs import add_docs
-from rayvaec.serve.guard import Guard, problem_response, request_id_of
-from rayvaec.serve.limits import Limits, read_body
+from rayvaec.serve.guard import Guard, problem_response
+from rayvaec.serve.limits import Gate, Limits, read_body
 from rayvaec.serve.media import accepted, content_type, is_gzipped
-from rayvaec.serve.openapi import Route
+from rayvaec.serve.metrics import TEXT, Metrics, page
 from rayvaec.serve.page import add_page
 from rayvaec.serve.schemas import ModelAnswer, ModelEntry, ModelsAnswer, Problem, StatusAnswer
 from rayvaec.serve.service import Service
 from rayvaec.serve.summary import SummaryAnswer, summary_answer
 from rayvaec.serve.tasks import Task
 from rayvaec.serve.wire import ARROW, H5AD, JSON
+
+Replicas = Callable[[], Awaitable[Iterable[Sequence[Metric]]]]
 
 
 def create_app(
@@ -34,6 +38,8 @@ def create_app(
     token_digest: str | None = None,
     *,
     behind_proxy: bool = False,
+    replica: str = "only",
+    replicas: Replicas | None = None,
 ) -> FastAPI:
     """Build the application: every model under /v1/models/NAME, a single one under /v1 as well.
 
@@ -47,6 +53,10 @@ def create_app(
         SHA-256 of the token that requests need; see `rayvaec.serve.auth`.
     behind_proxy : bool
         Whether a proxy in front puts X-Request-ID on the answers.
+    replica : str
+        What this process is called in /metrics.
+    replicas : async callable, optional
+        Collects the metrics of every replica; by default this is the only one.
 
     Returns
     -------
@@ -69,17 +79,31 @@ def create_app(
         redoc_url=None,
     )
     app.state.services = services
-    app.add_middleware(Guard, limits=limits, token_digest=token_digest, behind_proxy=behind_proxy)
+    gate, paths = Gate(limits.max_requests), set[str]()
+    app.state.metrics = Metrics(
+        *(replica, lambda: gate.inside, lambda: sum(s.jobs_waiting for s in services.values()))
+    )
+    app.add_middleware(
+        Guard,
+        gate=gate,
+        timeout_s=limits.timeout_s,
+        metrics=app.state.metrics,
+        paths=paths,
+        token_digest=token_digest,
+        behind_proxy=behind_proxy,
+    )
     app.add_exception_handler(HTTPException, _no_such_route)
     app.add_exception_handler(RequestValidationError, _not_valid)
     add_docs(app)
     add_page(app)
     _add_status(app)
+    _add_metrics(app, app.state.metrics, replicas)
     _add_list(app, services)
     for name, service in services.items():
         _add_all(app, service, f"/v1/models/{name}", tag=name, shown=len(services) > 1)
     if len(services) == 1:
         _add_all(app, service, "/v1", tag="the model", shown=True)
+    paths.update(route.path for route in app.routes if isinstance(route, Route))
     app.openapi = lambda: openapi.document(app, token_digest is not None)  # type: ignore[method-assign]
     return app
 
@@ -93,6 +117,21 @@ def _add_status(app: FastAPI) -> None:
     async def readyz() -> StatusAnswer:
         # A replica gets requests only once its model is loaded, so who reads this is ready.
         return StatusAnswer(status="ready")
+
+
+def _add_metrics(app: FastAPI, own: Metrics, replicas: Replicas | None) -> None:
+    content = {"text/plain": {"schema": {"type": "string"}}}
+
+    @app.get(
+        "/metrics",
+        summary="Counts of all replicas, for Prometheus",
+        response_class=PlainTextResponse,
+        responses={200: {"content": content}, **openapi.problems(401)},
+        tags=["status"],
+    )
+    async def metrics() -> Response:
+        every = [own.collect()] if replicas is None else await replicas()
+        return Response(page(every), media_type=TEXT)
 
 
 def _add_list(app: FastAPI, services: Mapping[str, Service]) -> None:
@@ -119,22 +158,22 @@ def _add_list(app: FastAPI, services: Mapping[str, Service]) -> None:
 
 def _add_all(app: FastAPI, service: Service, prefix: str, tag: str, shown: bool) -> None:
     """Add the routes of one model; unless `shown`, /openapi.json does not hold them."""
-    router = APIRouter(prefix=prefix, tags=[tag], include_in_schema=shown)
-    _add_model(router, service)
-    _add_summary(router, service)
+    about: dict[str, Any] = {"tags": [tag], "include_in_schema": shown}
+    _add_model(app, service, prefix, about)
+    _add_summary(app, service, prefix, about)
     for route in openapi.ROUTES:
-        _add_work(router, service, route)
-    app.include_router(router)
+        _add_work(app, service, f"{prefix}/{route.name}", route, about)
 
 
-def _add_model(router: APIRouter, service: Service) -> None:
+def _add_model(app: FastAPI, service: Service, prefix: str, about: dict[str, Any]) -> None:
     described = JSONResponse(service.describe())
 
-    @router.get(
-        "/model",
+    @app.get(
+        f"{prefix}/model",
         summary="Genes, labels, configuration, hashes and limits",
         response_model=ModelAnswer,
         responses=openapi.problems(401),
+        **about,
     )
     async def model() -> Response:
         return Response(
@@ -144,14 +183,15 @@ def _add_model(router: APIRouter, service: Service) -> None:
         )
 
 
-def _add_summary(router: APIRouter, service: Service) -> None:
+def _add_summary(app: FastAPI, service: Service, prefix: str, about: dict[str, Any]) -> None:
     refusals = openapi.problems(401, 422)
     refusals[404] = {"model": Problem, "description": "The model has no summary"}
 
-    @router.get(
-        "/summary",
+    @app.get(
+        f"{prefix}/summary",
         summary="What the training data looks like: library sizes, and counts of some genes",
         responses=refusals,
+        **about,
     )
     async def summary(
         response: Response,
@@ -166,13 +206,16 @@ def _add_summary(router: APIRouter, service: Service) -> None:
         return summary_answer(service.model, gene, profile)
 
 
-def _add_work(router: APIRouter, service: Service, route: Route) -> None:
-    @router.post(
-        f"/{route.name}",
+def _add_work(
+    app: FastAPI, service: Service, path: str, route: openapi.Route, about: dict[str, Any]
+) -> None:
+    @app.post(
+        path,
         name=route.name,
         summary=route.summary,
         responses=openapi.responses(route),
         openapi_extra=openapi.request_body(route, service.model.registry),
+        **about,
     )
     async def work(request: Request) -> Response:
         kind = content_type(request.headers.get("content-type"), route.understood)
@@ -183,13 +226,14 @@ def _add_work(router: APIRouter, service: Service, route: Route) -> None:
         query = request.query_params.multi_items()
         task = await service.read(route.reader, Sent(data, kind, gzipped, query, answer))
         del data
-        return await _answer(service, task, answer)
+        return await _answer(service, task, answer, request.scope["state"])
 
 
-async def _answer(service: Service, task: Task, kind: str) -> Response:
+async def _answer(service: Service, task: Task, kind: str, state: dict[str, Any]) -> Response:
     headers = {"X-Rayvaec-Model": service.model.hash}
     if "seed" in task.facts:
         headers["X-Rayvaec-Seed"] = str(task.facts["seed"])
+        state["draws"] = task.facts["n_cells"] * task.facts["n_samples"]
     if kind == JSON:
         return Response(await service.json(task), media_type=JSON, headers=headers)
     if kind == H5AD:
@@ -215,15 +259,15 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
             f"use {allowed}",
             *(405, "method_not_allowed"),
         )
-        return problem_response(problem, request_id_of(request.scope), Allow=allowed)
+        return problem_response(problem, request.scope, Allow=allowed)
     names = list(request.app.state.services)
     fix = f"name a model: /v1/models/NAME/... of {', '.join(names)}" if names[1:] else "see /docs"
     problem = RequestError(
         f"there is nothing at {request.url.path[:200]}", fix, status, "not_found"
     )
-    return problem_response(problem, request_id_of(request.scope))
+    return problem_response(problem, request.scope)
 
 
 async def _not_valid(request: Request, error: Exception) -> Response:
     problem = RequestError(f"{error}"[:200], "see /docs", 422, "invalid_request")
-    return problem_response(problem, request_id_of(request.scope))
+    return problem_response(problem, request.scope)

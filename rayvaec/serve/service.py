@@ -85,6 +85,11 @@ class Service:
         work = partial(run_jobs, model.module)
         self._merger = Merger(work, MERGED_ROWS, self._threads.sampler)
 
+    @property
+    def jobs_waiting(self) -> int:
+        """Parts of requests that wait for the sampler."""
+        return self._merger.waiting
+
     async def read(self, reader: Reader, sent: Sent) -> Task:
         """Decode and check a request, off the event loop.
 
