@@ -1,8 +1,16 @@
 """The decoder's last product and the draws from it, in one function.
 
-Rows go in blocks of a fixed number, padded with zeros, each in one thread: a product into a buffer
-that is kept between calls, a row a lane; then the rates, vectorised; then the draws. So a row's
-rates do not depend on how many rows come beside it, nor on the number of threads.
+Rows go in blocks of a fixed number, each in one thread: a product into a buffer that is kept
+between calls, a row a lane; then the rates, vectorised; then the draws.
+
+A library's product may round a row otherwise where fewer rows come beside it, and it rearranges the
+weight at every call, which for a few dozen rows takes a fifth of the time. Here an element is a
+chain of fused multiply-adds from the first hidden unit to the last, on every machine and however
+many rows there are. So a row's rates do not depend on those beside it, and a block that is not full
+costs less.
+
+numba's cache looks at this file only: after a change in vectors.py, nb_walk.py or special.py, touch
+it.
 """
 
 from __future__ import annotations
@@ -12,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numba import njit
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn import functional
@@ -22,46 +31,94 @@ from rayvaec.kernels.distinct import Distinct
 from rayvaec.kernels.gene_tables import gene_tables
 from rayvaec.kernels.keys import check_row_keys, check_seed
 from rayvaec.kernels.nb_sample import TILE_GENES, Draws, draw_blocks, lane_buffer
-from rayvaec.kernels.nb_sweep import LANES
+from rayvaec.kernels.nb_walk import LANES, whole_vectors
 from rayvaec.kernels.special import FAST, exp_negative, log1p_unit
+from rayvaec.kernels.vectors import PRODUCT_WIDTH, address, chains, prefetch
 
 _F = np.float32
 _SUMMED_GENES = 256
+_GENES = 8  # so many sums hide how long a multiply-add takes, and their addresses fit registers
+_LINE = 16  # float32 of a cache line
+_many_genes, _one_gene = chains(_GENES), chains(1)
 
 
-@compiled(error_model="numpy", fastmath=FAST, pipeline_class=Distinct)
-def _softplus_rates(a: NDArray[Any], bias: NDArray[Any], library: NDArray[Any]) -> None:
-    """Turn activations, a row a lane, into library * softplus(a + bias)."""
+@njit(nogil=True, error_model="numpy")
+def _product(weight: NDArray[Any], lanes: NDArray[Any], n_rows: int, out: NDArray[Any]) -> None:
+    """Set `out` to weight @ lanes in the vectors that hold rows."""
+    n_genes, n_hidden = weight.shape
+    whole = n_genes - n_genes % _GENES
+    for gene in range(0, whole, _GENES):
+        first, after = gene * n_hidden, (gene + _GENES) * n_hidden
+        for element in range(after, after + _GENES * n_hidden, _LINE):
+            prefetch(address(weight, element))
+        for lane in range(0, n_rows, PRODUCT_WIDTH):
+            of_lane, into = address(lanes, lane), address(out, gene * LANES + lane)
+            _many_genes(address(weight, first), n_hidden, of_lane, LANES, into)
+    for gene in range(whole, n_genes):
+        for lane in range(0, n_rows, PRODUCT_WIDTH):
+            of_lane, into = address(lanes, lane), address(out, gene * LANES + lane)
+            _one_gene(address(weight, gene * n_hidden), n_hidden, of_lane, LANES, into)
+
+
+@njit(nogil=True, error_model="numpy", fastmath=FAST, pipeline_class=Distinct)
+def _softplus(a: NDArray[Any], width: int, bias: NDArray[Any], library: NDArray[Any]) -> None:
+    """Turn products, in `width` lanes, into library * softplus(a + bias)."""
     for gene in range(len(a)):
         b = bias[gene]
-        for lane in range(LANES):
+        for lane in range(width):
             v = a[gene, lane] + b
             a[gene, lane] = library[lane] * (max(v, _F(0.0)) + log1p_unit(exp_negative(-abs(v))))
 
 
-@compiled(error_model="numpy", fastmath=FAST, pipeline_class=Distinct)
-def _softmax_rates(a: NDArray[Any], bias: NDArray[Any], library: NDArray[Any]) -> None:
-    """Turn activations, a row a lane, into library * softmax(a + bias)."""
+@njit(nogil=True, error_model="numpy", fastmath=FAST, pipeline_class=Distinct)
+def _softmax(a: NDArray[Any], width: int, bias: NDArray[Any], library: NDArray[Any]) -> None:
+    """Turn products, in `width` lanes, into library * softmax(a + bias)."""
     largest = np.full(LANES, -np.inf, np.float32)
     for gene in range(len(a)):
-        for lane in range(LANES):
+        for lane in range(width):
             a[gene, lane] += bias[gene]
             largest[lane] = max(largest[lane], a[gene, lane])
     total = np.zeros(LANES, np.float64)
     for start in range(0, len(a), _SUMMED_GENES):
         part = np.zeros(LANES, np.float32)
         for gene in range(start, min(start + _SUMMED_GENES, len(a))):
-            for lane in range(LANES):
+            for lane in range(width):
                 a[gene, lane] = exp_negative(a[gene, lane] - largest[lane])
                 part[lane] += a[gene, lane]
-        for lane in range(LANES):
+        for lane in range(width):
             total[lane] += part[lane]
     ratio = np.empty(LANES, np.float32)
-    for lane in range(LANES):
+    for lane in range(width):
         ratio[lane] = library[lane] / total[lane]
     for gene in range(len(a)):
-        for lane in range(LANES):
+        for lane in range(width):
             a[gene, lane] *= ratio[lane]
+
+
+@compiled(error_model="numpy")
+def _softplus_rates(
+    weight: NDArray[Any],
+    lanes: NDArray[Any],
+    n_rows: int,
+    bias: NDArray[Any],
+    library: NDArray[Any],
+    rates: NDArray[Any],
+) -> None:
+    _product(weight, lanes, n_rows, rates)
+    _softplus(rates, whole_vectors(n_rows), bias, library)
+
+
+@compiled(error_model="numpy")
+def _softmax_rates(
+    weight: NDArray[Any],
+    lanes: NDArray[Any],
+    n_rows: int,
+    bias: NDArray[Any],
+    library: NDArray[Any],
+    rates: NDArray[Any],
+) -> None:
+    _product(weight, lanes, n_rows, rates)
+    _softmax(rates, whole_vectors(n_rows), bias, library)
 
 
 def draw_decoded(
@@ -144,20 +201,20 @@ class _Decoder:
     def __init__(
         self,
         inputs: tuple[Tensor, ...],
-        to_rates: Callable[[NDArray[Any], NDArray[Any], NDArray[Any]], None],
+        to_rates: Callable[..., None],
         rows: slice,
     ) -> None:
         h, weight, bias, library = inputs
         # With numpy: threads that call torch for such small things wait for each other's GIL.
-        self.weight, self.bias, self.to_rates = weight, bias.numpy(), to_rates
+        self.weight, self.bias, self.to_rates = weight.numpy(), bias.numpy(), to_rates
         lanes, self.library = np.zeros((h.shape[1], LANES), _F), np.zeros(LANES, _F)
         n_rows = rows.stop - rows.start
         lanes[:, :n_rows], self.library[:n_rows] = h.numpy()[rows].T, library.numpy()[rows]
-        self.lanes = torch.from_numpy(lanes)
+        self.lanes, self.n_rows = lanes, n_rows
 
     def __call__(self, genes: slice) -> NDArray[np.float32]:
         """Return the rates of a tile of genes, a row a lane."""
         rates = lane_buffer(genes.stop - genes.start)
-        torch.mm(self.weight[genes], self.lanes, out=torch.from_numpy(rates))
-        self.to_rates(rates, self.bias[genes], self.library)
+        of_genes = self.weight[genes], self.lanes, self.n_rows, self.bias[genes]
+        self.to_rates(*of_genes, self.library, rates)
         return rates

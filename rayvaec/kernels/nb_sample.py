@@ -18,15 +18,15 @@ from rayvaec.errors import ConfigError
 from rayvaec.kernels.gene_tables import GeneTables, gene_tables, refusal
 from rayvaec.kernels.keys import check_row_keys, check_seed
 from rayvaec.kernels.nb_sweep import (
-    LANES,
     SPAN,
     Walk,
-    close_ranks,
+    copy_entries,
     draw_genes,
     new_walk,
     start_rows,
 )
-from rayvaec.kernels.threads import run_all
+from rayvaec.kernels.nb_walk import LANES
+from rayvaec.kernels.threads import run_all, spans, threads_for
 
 TILE_GENES = 4 * SPAN
 """Genes of a tile: its rates, 1 MiB, stay in the core's own cache until they are drawn from."""
@@ -173,9 +173,10 @@ def draw_blocks(
             ):
                 raise refusal(rate[:, : rows.stop - start].T, of_genes, start, genes.start)
         indptr = np.zeros(rows.stop - start + 1, np.int64)
-        close_ranks(walk, indptr)
-        entries = (of[: indptr[-1]].copy() for of in (walk.indices.ravel(), walk.counts.ravel()))
-        return Draws(indptr, *entries)
+        np.cumsum(walk.ends[: rows.stop - start], out=indptr[1:])
+        draws = Draws(indptr, np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.int32))
+        copy_entries(walk, *draws)
+        return draws
 
     return run_all([partial(block, start) for start in range(0, n_rows, LANES)])
 
@@ -215,8 +216,14 @@ def join_rows(pieces: list[Draws]) -> Draws:
     lengths = np.concatenate([np.diff(piece.indptr) for piece in pieces])
     indptr = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=indptr[1:])
-    return Draws(
-        indptr,
-        np.concatenate([piece.indices for piece in pieces]),
-        np.concatenate([piece.counts for piece in pieces]),
-    )
+    draws = Draws(indptr, np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.int32))
+    edges = np.cumsum([0, *(len(piece.indices) for piece in pieces)])
+
+    def copy(first: int, stop: int) -> None:
+        for number in range(first, stop):
+            into = slice(edges[number], edges[number + 1])
+            draws.indices[into] = pieces[number].indices
+            draws.counts[into] = pieces[number].counts
+
+    run_all([partial(copy, *span) for span in spans(len(pieces), threads_for(int(indptr[-1])))])
+    return draws

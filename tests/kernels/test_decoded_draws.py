@@ -12,7 +12,7 @@ from rayvaec.kernels.keys import position_keys
 from rayvaec.kernels.nb_sample import join_rows
 
 FORMS = ["softplus", "softmax"]
-N_GENES, N_HIDDEN = 200, 16
+N_GENES, N_HIDDEN = 203, 16
 
 
 def case(n_rows, seed=0):
@@ -116,7 +116,7 @@ def test_no_rows():
 
 def test_what_does_not_fit_is_refused():
     (h, weight, bias, px_r, library), keys, samples = case(70)
-    with pytest.raises(ConfigError, match=r"h has shape \(70, 16\), weight \(199, 16\)"):
+    with pytest.raises(ConfigError, match=r"h has shape \(70, 16\), weight \(202, 16\)"):
         draw_decoded(h, weight[1:], bias, px_r, library, 0, keys, samples)
     with pytest.raises(ConfigError, match="keys have shape"):
         draw_decoded(h, weight, bias, px_r, library, 0, keys[1:], samples)
