@@ -10,6 +10,7 @@ import re
 import signal
 from collections import defaultdict
 from contextlib import redirect_stderr, redirect_stdout
+from html import unescape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,6 +161,8 @@ def test_the_page_needs_nothing_else(undisturbed: Path) -> None:
     assert len(re.findall(r'alt="[^"]{20,}"', html)) == 10
     for name in FIGURES:
         assert f"<code>{name}</code>" in html
+    for finding in _report(undisturbed)["models"][0]["verdict"]["findings"]:
+        assert finding["sentence"] in unescape(html)
     assert _report(undisturbed)["models"][0]["verdict"]["headline"] in html
 
 

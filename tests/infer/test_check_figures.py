@@ -42,7 +42,7 @@ from rayvaec.infer.check.tally import (
     Tally,
     panel_of,
 )
-from rayvaec.infer.check.verdict import judge
+from rayvaec.infer.check.verdict import judge, summarise
 from rayvaec.infer.posterior import Cells
 from rayvaec.kernels.keys import position_keys
 from rayvaec.model.vaec import VAEC
@@ -369,6 +369,45 @@ def test_the_verdict_knows_what_chance_can_do(
 ) -> None:
     figure = Figure(lambda *_: 0.0, "", good=0.05, fair=0.15)
     assert judge(figure, 0.9, shortfall, error) == expected
+
+
+@pytest.mark.parametrize(
+    ("exceptions", "overall", "advice"),
+    [
+        ({}, "good", None),
+        ({"library": "fair"}, "fair", "Means are a little off"),
+        ({"library": "fair", "gene_mean": "poor"}, "poor", "do not compare expression"),
+        ({"calibration_80": "fair"}, "fair", "its intervals are too narrow"),
+        ({"dispersion": "poor"}, "poor", "its intervals are too narrow"),
+        ({"label_means": "poor"}, "poor", "the weakest are b, a."),
+        ({"correlation": "poor"}, "poor", "do not infer gene networks"),
+        ({"prior_fit": "fair"}, "fair", "latent space is not filled"),
+        (dict.fromkeys(list(FIGURES)[2:9], "unclear"), "unclear", None),
+    ],
+)
+def test_the_verdict_is_that_of_the_weakest_figure(
+    exceptions: dict[str, str], overall: str, advice: str | None
+) -> None:
+    usual = {name: "shown" if name in BOUND else "good" for name in FIGURES}
+    figures = {
+        name: {"value": 0.8, "reference": 0.9, "judged": judged}
+        for name, judged in (usual | exceptions).items()
+    }
+    labels = [
+        {"label": label, "agreement": value, "agreement_reference": 0.9}
+        for label, value in (("a", 0.7), ("b", 0.6), ("empty", math.nan))
+    ]
+    found = {
+        "labels": labels,
+        "genes": {"noise_ratio": [1.5, 1.2, 0.1], "observed_mean": [1, 2, 0.01]},
+        "calibration": {"coverage": INTERVALS},
+    }
+    verdict = summarise(figures, found)
+    assert verdict["judged"] == overall
+    assert len(verdict["findings"]) == len(FIGURES) - len(BOUND) - len(INTERVALS) + 1
+    said = " ".join(verdict["advice"])
+    assert (advice or "") in said
+    assert len(verdict["advice"]) == (advice is not None)
 
 
 def test_thresholds_are_read() -> None:

@@ -244,6 +244,7 @@ def _correlations(axes: Axes, model: dict[str, Any]) -> str:
         most = min(1.0, 1.1 * np.abs(np.r_[observed[known], drawn[known]]).max())
         axes.set_xlim(-most, most)
         axes.set_ylim(-most, most)
+    axes.locator_params(nbins=5)
     axes.set_xlabel("correlation of two genes, observed")
     axes.set_ylabel("correlation, drawn")
     n_genes = len(model["correlations"]["genes"])
@@ -321,7 +322,13 @@ def _latent(axes: Axes, model: dict[str, Any]) -> str:
         mine = position[codes == name]
         label = _short(name) if name in shown else None
         axes.plot(
-            *mine.T, ".", color=colour, ms=3.5, alpha=0.7, mew=0, label=label, rasterized=True
+            *(*mine.T, "."),
+            color=colour,
+            ms=3.5 if len(codes) > 500 else 7,
+            alpha=0.7,
+            mew=0,
+            label=label,
+            rasterized=True,
         )
     axes.set_xlabel(_axis(latent, 0))
     axes.set_ylabel(_axis(latent, 1))
@@ -331,7 +338,10 @@ def _latent(axes: Axes, model: dict[str, Any]) -> str:
     if len(names) > 1:
         columns = 2 if len(shown) <= 12 else 3
         axes.figure.legend(
-            loc="outside lower center", ncols=columns, markerscale=3, handletextpad=0.1
+            loc="outside lower center",
+            ncols=columns,
+            markerscale=3 if len(codes) > 500 else 1.5,
+            handletextpad=0.1,
         )
     share = latent["share_between_labels"] or 0
     return (

@@ -161,10 +161,16 @@ def _advice(figures: Mapping[str, Any], weak: list[str], found: Mapping[str, Any
     intervals = [name for name in weak if name.startswith("calibration")]
     if "dispersion" in weak or intervals:
         advice.append(_advice_on_noise(found))
-    if "library" in weak or "gene_mean" in weak:
+    means = [figures[name]["judged"] for name in ("library", "gene_mean") if name in weak]
+    if POOR in means:
         advice.append(
             "Means are off: do not compare expression between drawn and real cells yet. Training "
             "longer is the first thing to try."
+        )
+    elif means:
+        advice.append(
+            "Means are a little off: where drawn and real cells are compared, do not read small "
+            "differences as biology."
         )
     if "label_means" in weak:
         worst = [label for label in found["labels"] if not math.isnan(label["agreement"])]
@@ -181,8 +187,8 @@ def _advice(figures: Mapping[str, Any], weak: list[str], found: Mapping[str, Any
         )
     if "prior_fit" in weak:
         advice.append(
-            "Cells generated from the prior (`/v1/generate`) will be less like real ones than "
-            "draws for given cells: latent space is not filled as the prior says."
+            "New cells, which are generated from the prior, will be less like real ones than draws "
+            "for given cells: latent space is not filled as the prior says."
         )
     return advice
 
