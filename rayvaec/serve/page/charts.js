@@ -2,6 +2,7 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 const [WIDTH, HEIGHT, LEFT, BOTTOM, TOP] = [280, 180, 42, 34, 8];
+const LETTER = 6.4; // about the width of a letter
 
 /** Make an element with attributes and children. */
 export function element(tag, attributes = {}, ...children) {
@@ -31,10 +32,11 @@ function frame(words, height = HEIGHT) {
   return svg;
 }
 
+/** The middle of a name below the axis: one that would stand out to the right ends at the edge. */
+const middle = (x, text) => Math.min(x, WIDTH - (text.length * LETTER) / 2);
+
 function xTick(svg, x, text, height = HEIGHT) {
-  // A name that would stand out to the right ends at the edge.
-  const place = x + text.length * 3.2 > WIDTH ? { x: WIDTH, "text-anchor": "end" } : { x, "text-anchor": "middle" };
-  svg.append(shape("text", { ...place, y: height - BOTTOM + 15 }, text));
+  svg.append(shape("text", { x: middle(x, text), y: height - BOTTOM + 15, "text-anchor": "middle" }, text));
 }
 
 function yTick(svg, y, text) {
@@ -108,14 +110,17 @@ export function libraryHistogram({ drawn, quantiles, shareBelow, words }) {
   const after = counts && shares(counts);
   const svg = frame(words);
   bars(svg, training, after, round(Math.max(...(training ?? []), ...(after ?? []))));
-  for (const value of logTicks(edges[0], edges[n])) {
-    xTick(svg, LEFT + ((Math.log(value) - low) / (high - low)) * (WIDTH - LEFT), number(value));
-  }
+  const place = (value) => LEFT + ((Math.log(value) - low) / (high - low)) * (WIDTH - LEFT);
+  for (const value of logTicks(edges[0], edges[n], place)) xTick(svg, place(value), number(value));
   xName(svg, "total counts a cell");
   return svg;
 }
 
-function logTicks(low, high) {
+const TENTHS = Array.from({ length: 90 }, (_, i) => 1 + i / 10);
+const STEPS = [TENTHS, [1, 1.5, 2, 3, 4, 5, 6, 8], [1, 2, 3, 5], [1, 2, 5], [1, 3], [1]];
+
+/** As many round values as have room for their names at the positions that `place` tells. */
+function logTicks(low, high, place) {
   const ticks = (steps) => {
     const found = [];
     for (let power = 10 ** Math.floor(Math.log10(low)); power <= high; power *= 10) {
@@ -123,7 +128,12 @@ function logTicks(low, high) {
     }
     return found;
   };
-  return [[1, 2, 3, 5], [1, 2, 5], [1, 3], [1]].map(ticks).find((found) => found.length <= 5) ?? ticks([1]);
+  const apart = (found) => {
+    const names = found.map(number);
+    const at = found.map((value, i) => middle(place(value), names[i]));
+    return at.slice(1).every((x, i) => x - at[i] >= ((names[i].length + names[i + 1].length) / 2) * LETTER + 8);
+  };
+  return STEPS.map(ticks).find(apart) ?? ticks([1]).filter((_, i) => i % 3 === 0);
 }
 
 /** Every gene: the training data's value across, the drawn one up; what agrees is on the line. */
