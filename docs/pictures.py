@@ -6,6 +6,7 @@ Needs chromium, chromedriver and the extra `test`; takes some minutes. `make pic
 from __future__ import annotations
 
 import base64
+import io
 import re
 import shlex
 import signal
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.support.ui import WebDriverWait
 
@@ -33,7 +35,10 @@ def main() -> None:
         command = [sys.executable, "-m", "rayvaec", "serve", "run/model", "--port", "0"]
         server = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
         try:
-            (IMAGES / "page.png").write_bytes(page_after_a_draw(url_of(server)))
+            picture = Image.open(io.BytesIO(page_after_a_draw(url_of(server))))
+            # It has few colours; as many bytes for each would make the file twice as large.
+            few = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+            few.save(IMAGES / "page.png", optimize=True)
         finally:
             server.send_signal(signal.SIGINT)
             server.wait(timeout=120)
