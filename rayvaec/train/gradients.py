@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
+from pathlib import Path
+from tempfile import mkstemp
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from rayvaec.train.ranks import Ranks
+
+SHARED = Path("/dev/shm")  # noqa: S108 (files in it are made by mkstemp)
 
 
 def share_parameters(module: nn.Module, ranks: Ranks) -> None:
@@ -26,32 +33,103 @@ def share_parameters(module: nn.Module, ranks: Ranks) -> None:
             dist.broadcast(parameter.detach(), src=0)
 
 
-def sum_gradients(module: nn.Module, ranks: Ranks) -> list[Tensor]:
-    """Add up every parameter's gradient over the workers.
+class GradientSum:
+    """Adds up every parameter's gradient over the workers.
 
     All gradients go as one message. DistributedDataParallel sends them in buckets, while the rest
     is computed: on workers with one core each, sending then takes from computing what it hides,
-    and every bucket is one more message to wait for.
+    and every bucket is one more message to wait for. Workers on one machine, on CPUs, add in
+    memory that they share, which takes a fifth of the time that gloo's sockets do.
 
     Parameters
     ----------
     module : Module
-        Its gradients are replaced by their sums, the same bits on every worker.
+        Whose gradients.
     ranks : Ranks
-        The workers; every one of them must call.
-
-    Returns
-    -------
-    list of Tensor
-        The gradients, in the order of the parameters.
+        The workers; every one of them must make one.
     """
-    parameters = list(module.parameters())
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    if ranks.world_size > 1:
-        joined = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        dist.all_reduce(joined)
-        parts = joined.split([gradient.numel() for gradient in gradients])
-        gradients = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
-    return gradients
+
+    def __init__(self, module: nn.Module, ranks: Ranks) -> None:
+        self._parameters, self._ranks = list(module.parameters()), ranks
+        self._sizes = [parameter.numel() for parameter in self._parameters]
+        self._rows: Tensor | None = None
+        if ranks.world_size > 1 and ranks.device.type == "cpu":
+            self._rows = _shared_rows(ranks, sum(self._sizes))
+
+    @property
+    def in_shared_memory(self) -> bool:
+        """Whether the workers add in memory that they share."""
+        return self._rows is not None
+
+    def __call__(self) -> list[Tensor]:
+        """Replace the gradients by their sums; every worker must call.
+
+        Returns
+        -------
+        list of Tensor
+            The gradients, in the order of the parameters, the same bits on every worker.
+        """
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
+        if self._ranks.world_size > 1:
+            flat = [gradient.reshape(-1) for gradient in gradients]
+            rows = self._rows
+            joined = _sum_over_sockets(flat) if rows is None else self._sum_shared(flat, rows)
+            parts = zip(joined.split(self._sizes), self._parameters, strict=True)
+            gradients = [part.view_as(parameter) for part, parameter in parts]
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return gradients
+
+    def _sum_shared(self, flat: list[Tensor], rows: Tensor) -> Tensor:
+        """Write one's own row, add up one's part of all rows, read the whole.
+
+        Nobody adds before all have written, or reads before all have added; and nobody adds the
+        next time before all have come back with their next row, and so have read.
+        """
+        rank = self._ranks.rank
+        torch.cat(flat, out=rows[rank])
+        dist.barrier()
+        part = slice(*(rows.shape[1] * k // self._ranks.world_size for k in (rank, rank + 1)))
+        torch.sum(rows[:-1, part], 0, out=rows[-1, part])
+        dist.barrier()
+        return rows[-1].clone()
+
+
+def _sum_over_sockets(flat: list[Tensor]) -> Tensor:
+    joined = torch.cat(flat)
+    dist.all_reduce(joined)
+    return joined
+
+
+def _shared_rows(ranks: Ranks, n_numbers: int) -> Tensor | None:
+    """Return Tensor[world_size + 1, n_numbers] in memory of all workers, None where none is.
+
+    The file goes as soon as all have opened it; the memory goes with its last worker.
+    """
+    shape = (ranks.world_size + 1, n_numbers)
+    path = _new_file(4 * shape[0] * shape[1]) if ranks.is_first else None
+    where = ranks.gather(None if path is None else str(path))[0]
+    rows = None
+    # A file of that name can only be the first worker's: mkstemp draws it.
+    if where is not None and os.access(where, os.W_OK):
+        rows = torch.from_file(where, shared=True, size=shape[0] * shape[1]).view(shape)
+    opened = ranks.gather(rows is not None)
+    if path is not None:
+        path.unlink()
+    return rows if all(opened) else None
+
+
+def _new_file(size: int) -> Path | None:
+    """Return a file in memory with room for `size` bytes, None where there is none."""
+    path = None
+    with suppress(OSError):
+        number, name = mkstemp(prefix="rayvaec-gradients-", dir=SHARED)
+        path = Path(name)
+        try:
+            os.posix_fallocate(number, 0, size)
+        except OSError:  # no room, which would end the process at its first write
+            path.unlink()
+            path = None
+        finally:
+            os.close(number)
+    return path

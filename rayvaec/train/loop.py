@@ -29,7 +29,7 @@ from rayvaec.location import Location
 from rayvaec.train.artefacts import save_best, save_last
 from rayvaec.train.checkpoint import RunState, checkpoint_name, read_checkpoint, write_checkpoint
 from rayvaec.train.config import TrainConfig
-from rayvaec.train.gradients import share_parameters, sum_gradients
+from rayvaec.train.gradients import GradientSum, share_parameters
 from rayvaec.train.metrics import append_record, cut_records, write_progress
 from rayvaec.train.noise import CellNoise
 from rayvaec.train.ranks import Ranks
@@ -99,6 +99,7 @@ class TrainLoop:
         self.loader = _loader(self.config, self.store, ranks)
         self.state = self._restore()
         share_parameters(self.module, ranks)
+        self._sum_gradients = GradientSum(self.module, ranks)
         self.noise = CellNoise(self.config.seed, self.module)
         self.model = Replica(self.module)
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
@@ -160,13 +161,13 @@ class TrainLoop:
 
     def _step(self, minibatch: Minibatch) -> Tensor:
         """Take one step; return this worker's sum of the loss over its cells."""
-        state, config, ranks = self.state, self.config, self.ranks
+        state, config = self.state, self.config
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(state.step) * group["relative_lr"]
         self.optimizer.zero_grad(set_to_none=True)
         loss, per_cell = self._loss(minibatch, minibatch.cells, minibatch.n_global)
         loss.backward()
-        norm = get_total_norm(sum_gradients(self.module, ranks))
+        norm = get_total_norm(self._sum_gradients())
         # The summed gradient is the same on every worker, so that all of them stop here or none.
         if not math.isfinite(norm):
             self._give_up(minibatch, per_cell)
