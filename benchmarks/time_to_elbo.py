@@ -7,12 +7,19 @@ epochs, then `rayvaec train` from the store on the same cells, once for every nu
 models are judged by one evaluator on the same held-out cells: the dense loss of `VAEC.loss` in
 float64, averaged over `--draws` draws of z that are keyed by cell, the same for all.
 
-A run of rayvaec counts where its *last* model reaches what scvi-tools ended with, and with all of
-its training seconds (validation and saving included). Ray's start-up is printed beside them.
+A run of rayvaec counts where its *last* model reaches what scvi-tools had after `--epochs`, and
+with all of its training seconds (validation and saving included). Ray's start-up is printed beside
+them.
 
     python benchmarks/time_to_elbo.py --model ../shared/data/condscvi_lymph_node
         [--scvi-python PYTHON] [--n-cells 20000] [--n-genes 2886] [--epochs 50]
         [--our-epochs 2 4 6 8 12] [--presets default scvi] [--threads N] [--work FOLDER]
+        [--peer FOLDER] [--timed-epochs 2]
+
+`--peer` takes what scvi-tools saved in an earlier call (FOLDER/epoch_N, as `train_condscvi.py`
+writes; of the same data, for which `--work` must be that call's) instead of training it for
+hours. Its seconds are then those of `--timed-epochs` epochs, trained again before every run of
+rayvaec, the fastest of which counts for all epochs.
 
 """
 
@@ -138,31 +145,55 @@ def reference_elbo(model: TrainedModel, held_out: AnnData, n_draws: int) -> floa
     return total / len(cells) / n_draws
 
 
-def train_peer(options: argparse.Namespace, work: Path, held_out: AnnData) -> dict[str, Any]:
-    """Train scvi-tools in its own process; judge what it saved, print a line each."""
+def train_peer(options: argparse.Namespace, work: Path, epochs: int) -> dict[str, Any]:
+    """Train scvi-tools in its own process; return what it printed."""
     command = [options.scvi_python, str(Path(__file__).with_name("train_condscvi.py"))]
     command += [str(work / "train.h5ad"), str(work / "scvi"), "--labels-key", LABELS_KEY]
-    command += ["--epochs", str(options.epochs), "--seed", str(options.seed), "--save-at"]
-    command += [str(epoch) for epoch in [*options.save_at, options.epochs]]
+    command += ["--epochs", str(epochs), "--seed", str(options.seed), "--save-at"]
+    command += [str(epoch) for epoch in [*options.save_at, epochs]]
     if options.threads:
         command += ["--threads", str(options.threads)]
     began = time.perf_counter()
     output = _output(command)
     result = json.loads(output.strip().splitlines()[-1])
     result["command_seconds"] = round(time.perf_counter() - began, 1)
-    for saved in result["saved"]:
-        folder = Path(saved.pop("folder"))
-        import_model(folder, work / f"{folder.name}_imported")
-        model = load_model(work / f"{folder.name}_imported")
-        saved["elbo"] = round(reference_elbo(model, held_out, options.draws), 3)
-        print(json.dumps({"side": "scvi-tools", **saved}), flush=True)
     return result
 
 
-def train_ours(
-    options: argparse.Namespace, work: Path, held_out: AnnData, preset: str, epochs: int
-) -> dict[str, Any]:
-    """Run `rayvaec train` once; judge its last model, print a line."""
+def judge_peer(
+    options: argparse.Namespace, work: Path, held_out: AnnData, peer: dict[str, Any]
+) -> None:
+    """Add to every saved epoch of the peer its held-out ELBO; print a line each."""
+    for saved in peer["saved"]:
+        folder = Path(saved.pop("folder"))
+        imported = work / f"{folder.name}_imported"
+        if not imported.exists():
+            import_model(folder, imported)
+        saved["elbo"] = round(reference_elbo(load_model(imported), held_out, options.draws), 3)
+        print(json.dumps({"side": "scvi-tools", **saved}), flush=True)
+
+
+def stored_peer(options: argparse.Namespace, timed: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the peer's saved epochs with the seconds that timed ones say they take."""
+    per_epoch = [run["saved"][-1]["seconds"] / options.timed_epochs for run in timed]
+    print(json.dumps({"side": "scvi-tools", "seconds_per_epoch": per_epoch}), flush=True)
+    epochs = sorted({*options.save_at, options.epochs})
+    missing = [n for n in epochs if not (options.peer / f"epoch_{n}").is_dir()]
+    if missing:
+        sys.exit(f"{options.peer} has no epoch_{missing[0]}; name epochs it has by --save-at")
+    saved = [
+        {
+            "epoch": n,
+            "seconds": round(n * min(per_epoch), 1),
+            "folder": str(options.peer / f"epoch_{n}"),
+        }
+        for n in epochs
+    ]
+    return {**timed[0], "saved": saved, "seconds_per_epoch": per_epoch}
+
+
+def train_ours(options: argparse.Namespace, work: Path, preset: str, epochs: int) -> dict[str, Any]:
+    """Run `rayvaec train` once."""
     out = work / f"run_{preset}_{epochs}"
     command = [sys.executable, "-m", "rayvaec", "train", str(work / "store"), "--out", str(out)]
     command += ["--set", f"preset={preset}", "--seed", str(options.seed)]
@@ -175,19 +206,25 @@ def train_ours(
     whole = time.perf_counter() - began
     records = read_epochs(out)
     startup = re.search(r"start-up (\d+) s", output)
-    line = {
+    return {
         "side": "rayvaec",
         "preset": preset,
         "epoch": records[-1]["epoch"],
         "seconds": records[-1]["time"],
-        "elbo": round(reference_elbo(load_model(out / "last"), held_out, options.draws), 3),
-        "val_elbo": [round(record["val_elbo"], 2) for record in records],
+        "folder": str(out / "last"),
+        "epoch_ends": [[round(r["time"], 2), round(r["val_elbo"], 2)] for r in records],
         "cells_per_second": records[-1]["cells_per_second"],
         "startup_seconds": int(startup[1]) if startup else None,
         "command_seconds": round(whole, 1),
     }
-    print(json.dumps(line), flush=True)
-    return line
+
+
+def judge_ours(options: argparse.Namespace, held_out: AnnData, runs: list[dict[str, Any]]) -> None:
+    """Add to every run its last model's held-out ELBO; print a line each."""
+    for run in runs:
+        model = load_model(Path(run.pop("folder")))
+        run["elbo"] = round(reference_elbo(model, held_out, options.draws), 3)
+        print(json.dumps(run), flush=True)
 
 
 def _output(command: list[str]) -> str:
@@ -214,7 +251,7 @@ def summary(
     options: argparse.Namespace, peer: dict[str, Any], ours: list[dict[str, Any]], setup: dict
 ) -> dict[str, Any]:
     """Return the line with the result: seconds to the peer's last ELBO, per preset."""
-    target = peer["saved"][-1]
+    target = next(s for s in peer["saved"] if s["epoch"] == options.epochs)
     reached = {}
     for preset in options.presets:
         there = [r for r in ours if r["preset"] == preset and r["elbo"] >= target["elbo"]]
@@ -244,6 +281,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--mean-library", type=float, default=550.0, help="counts a cell")
     parser.add_argument("--epochs", type=int, default=50, help="of scvi-tools")
     parser.add_argument("--save-at", type=int, nargs="*", default=[5, 10, 25, 50, 100, 200])
+    parser.add_argument("--peer", type=Path, help="folder of epochs that scvi-tools saved before")
+    parser.add_argument("--timed-epochs", type=int, default=2, help="of scvi-tools, with --peer")
     parser.add_argument("--our-epochs", type=int, nargs="+", default=[2, 4, 6, 8, 12])
     parser.add_argument("--presets", nargs="+", default=["default"], help="recipes of rayvaec")
     parser.add_argument("--draws", type=int, default=4, help="of z a held-out cell")
@@ -255,7 +294,12 @@ def _options() -> argparse.Namespace:
 
 
 def _prepare(options: argparse.Namespace, work: Path) -> tuple[AnnData, AnnData]:
-    """Draw the atlas, prepare the store, write the training cells for the peer."""
+    """Draw the atlas, prepare the store, write the training cells for the peer.
+
+    What an earlier call with `--work` left is used as it is.
+    """
+    if (work / "train.h5ad").exists():
+        return split(anndata.read_h5ad(work / "atlas.h5ad"), open_store(work / "store"))
     n_cells = options.n_cells + options.held_out
     if options.model is None:
         atlas = simulate(n_cells, options.n_genes, n_batches=1, seed=options.seed)
@@ -272,6 +316,19 @@ def _prepare(options: argparse.Namespace, work: Path) -> tuple[AnnData, AnnData]
     train.X = train.X.astype(np.float32)  # what scvi-tools is fastest with
     train.write_h5ad(work / "train.h5ad")
     return train, held_out
+
+
+def _train(options: argparse.Namespace, work: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Train both sides, without a judge in between."""
+    timed, ours = [], []
+    if options.peer is None:
+        timed.append(train_peer(options, work, options.epochs))
+    for preset in options.presets:
+        for epochs in options.our_epochs:
+            if options.peer is not None:
+                timed.append(train_peer(options, work, options.timed_epochs))
+            ours.append(train_ours(options, work, preset, epochs))
+    return (timed[0] if options.peer is None else stored_peer(options, timed)), ours
 
 
 def _run(options: argparse.Namespace, work: Path) -> None:
@@ -291,12 +348,9 @@ def _run(options: argparse.Namespace, work: Path) -> None:
         "load": round(os.getloadavg()[0], 1),
     }
     print(json.dumps(setup), flush=True)
-    peer = train_peer(options, work, held_out)
-    ours = [
-        train_ours(options, work, held_out, preset, epochs)
-        for preset in options.presets
-        for epochs in options.our_epochs
-    ]
+    peer, ours = _train(options, work)
+    judge_peer(options, work, held_out, peer)
+    judge_ours(options, held_out, ours)
     setup |= {f"peer_{k}": peer[k] for k in ("kl_weights", "threads", "versions")}
     print(table(peer["saved"], ours))
     print(json.dumps(summary(options, peer, ours, setup)), flush=True)

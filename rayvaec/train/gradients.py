@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from pathlib import Path
-from tempfile import mkstemp
+from secrets import token_hex
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from rayvaec.train.ranks import Ranks
-
-SHARED = Path("/dev/shm")  # noqa: S108 (files in it are made by mkstemp)
 
 
 def share_parameters(module: nn.Module, ranks: Ranks) -> None:
@@ -104,32 +101,32 @@ def _sum_over_sockets(flat: list[Tensor]) -> Tensor:
 def _shared_rows(ranks: Ranks, n_numbers: int) -> Tensor | None:
     """Return Tensor[world_size + 1, n_numbers] in memory of all workers, None where none is.
 
-    The file goes as soon as all have opened it; the memory goes with its last worker.
+    No file system holds the memory: it goes with its last worker, however that ends.
     """
     shape = (ranks.world_size + 1, n_numbers)
-    path = _new_file(4 * shape[0] * shape[1]) if ranks.is_first else None
-    where = ranks.gather(None if path is None else str(path))[0]
+    own = _new_memory(4 * shape[0] * shape[1]) if ranks.is_first else None
+    where, name = ranks.gather(own and (f"/proc/{os.getpid()}/fd/{own[0]}", own[1]))[0] or ("", "")
     rows = None
-    # A file of that name can only be the first worker's: mkstemp draws it.
-    if where is not None and os.access(where, os.W_OK):
-        rows = torch.from_file(where, shared=True, size=shape[0] * shape[1]).view(shape)
+    with suppress(OSError):  # on another host, or of a process that may not be looked into
+        # Elsewhere the path may be another process's: the drawn name tells.
+        if name and name in os.readlink(where):
+            rows = torch.from_file(where, shared=True, size=shape[0] * shape[1]).view(shape)
     opened = ranks.gather(rows is not None)
-    if path is not None:
-        path.unlink()
+    if own is not None:
+        os.close(own[0])
     return rows if all(opened) else None
 
 
-def _new_file(size: int) -> Path | None:
-    """Return a file in memory with room for `size` bytes, None where there is none."""
-    path = None
-    with suppress(OSError):
-        number, name = mkstemp(prefix="rayvaec-gradients-", dir=SHARED)
-        path = Path(name)
-        try:
-            os.posix_fallocate(number, 0, size)
-        except OSError:  # no room, which would end the process at its first write
-            path.unlink()
-            path = None
-        finally:
-            os.close(number)
-    return path
+def _new_memory(size: int) -> tuple[int, str] | None:
+    """Return descriptor and name of anonymous memory of `size` bytes, None where there is none."""
+    name = f"rayvaec-gradients-{token_hex(8)}"
+    try:
+        number = os.memfd_create(name)
+    except (AttributeError, OSError):  # not on Linux, or not allowed
+        return None
+    try:
+        os.posix_fallocate(number, 0, size)
+    except OSError:  # no room, which would end the process at its first write
+        os.close(number)
+        return None
+    return number, name

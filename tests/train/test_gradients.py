@@ -9,15 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from rayvaec.train import gradients
-from rayvaec.train.gradients import GradientSum, _new_file
+from rayvaec.train.gradients import GradientSum, _new_memory
 from rayvaec.train.ranks import Ranks
 
 RANK = """
-import sys
+import os, sys
 import torch, torch.distributed as dist
-from pathlib import Path
-from rayvaec.train import gradients
 from rayvaec.train.gradients import GradientSum
 from rayvaec.train.ranks import Ranks
 
@@ -25,18 +22,30 @@ rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/sync", rank=rank, world_size=3)
 module = torch.nn.Linear(5, 3)
 module.unused = torch.nn.Parameter(torch.ones(2))
+descriptors = len(os.listdir("/proc/self/fd"))
 shared = GradientSum(module, Ranks(rank, 3))
-gradients.SHARED = Path(folder) / "not there"
-sockets = GradientSum(module, Ranks(rank, 3))
-assert shared.in_shared_memory and not sockets.in_shared_memory
-for add in (shared, sockets, shared, shared):
+assert len(os.listdir("/proc/self/fd")) == descriptors
+if rank == 1:
+    os.readlink = lambda path: "/dev/null"  # another host's process of that number
+elsewhere = GradientSum(module, Ranks(rank, 3))
+del os.memfd_create
+without = GradientSum(module, Ranks(rank, 3))
+assert shared.in_shared_memory
+assert not elsewhere.in_shared_memory and not without.in_shared_memory
+for add in (shared, elsewhere, shared, shared):
     for step in range(20):
-        module.weight.grad = torch.full((3, 5), float(rank + step))
-        module.bias.grad = torch.full((3,), -1.0) if rank else None  # a worker without cells
+        gradients = torch.randn(3, 20, generator=torch.Generator().manual_seed(step))
+        gradients[0, 15:] = 0
+        gradients[:, 18:] = 0
+        module.weight.grad = gradients[rank, :15].view(3, 5).clone()
+        module.bias.grad = gradients[rank, 15:18].clone() if rank else None  # without cells
         module.unused.grad = None
-        weight, bias, unused = (gradient.clone() for gradient in add())
-        assert (weight == 3 + 3 * step).all() and (bias == -2).all() and (unused == 0).all()
-        assert (module.weight.grad == weight).all() and (module.bias.grad == bias).all()
+        result = torch.cat([gradient.flatten() for gradient in add()])
+        assert torch.allclose(result, gradients.sum(0), atol=1e-6)
+        assert (torch.cat([p.grad.flatten() for p in module.parameters()]) == result).all()
+        results = [torch.empty_like(result) for _ in range(3)]
+        dist.all_gather(results, result)
+        assert all((other == result).all() for other in results)
         module.weight.grad.mul_(0)  # as clipping does: the others must not see it
 dist.barrier()
 dist.destroy_process_group()
@@ -61,18 +70,16 @@ def test_one_worker_keeps_its_gradients() -> None:
     assert GradientSum(module, Ranks())()[0] is before
 
 
-def test_no_file_is_left_where_there_is_no_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gradients, "SHARED", tmp_path)
-    path = _new_file(100)
-    assert path is not None
-    assert path.stat().st_size == 100
-    path.unlink()
+def test_memory_is_given_up_where_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = _new_memory(100)
+    assert memory is not None
+    assert os.fstat(memory[0]).st_size == 100
+    os.close(memory[0])
 
     def full(*_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    assert _new_file(100) is None
-    assert list(tmp_path.iterdir()) == []
+    before = os.listdir("/proc/self/fd")
+    assert _new_memory(100) is None
+    assert os.listdir("/proc/self/fd") == before
