@@ -27,6 +27,24 @@ from pathlib import Path
 from typing import Any
 
 FLOAT_BYTES = 4
+RANK = """
+import statistics, sys, time
+import torch, torch.distributed as dist
+
+sync, n_numbers, rank = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{sync}", rank=rank, world_size=2)
+numbers, seconds = torch.zeros(n_numbers), []
+for _ in range(60):
+    dist.barrier()
+    began = time.perf_counter()
+    dist.all_reduce(numbers)
+    seconds.append(time.perf_counter() - began)
+if rank == 0:
+    print(statistics.median(seconds[10:]))
+dist.barrier()
+dist.destroy_process_group()
+"""
 
 
 @dataclass(frozen=True)
@@ -48,7 +66,9 @@ class Constants:
     checkpoint_seconds : float
         For how long a checkpoint holds the training up.
     reduce_seconds : float
-        What adding the gradients of two workers on one machine costs a step, without a network.
+        What adding the gradients of two workers on one machine costs a step, in shared memory.
+    socket_seconds : float
+        What gloo takes to add them over this machine's sockets, as workers of several nodes do.
     """
 
     n_parameters: int
@@ -58,6 +78,7 @@ class Constants:
     validation_seconds: float
     checkpoint_seconds: float
     reduce_seconds: float
+    socket_seconds: float
 
 
 @dataclass(frozen=True)
@@ -93,13 +114,15 @@ def all_reduce_seconds(constants: Constants, cluster: Cluster) -> float:
 
     2 (W - 1) messages, one after the other, and 2 (W - 1) / W of the gradient's bytes through
     every worker (Patarasuk and Yuan 2009). Two workers handle the gradient once in
-    `reduce_seconds`; that grows with the bytes. Workers of one node share its link, but a ring
-    crosses it once; on one node nothing crosses it.
+    `reduce_seconds` on one node, and not in less than `socket_seconds` on several; that grows with
+    the bytes. Workers of one node share its link, but a ring crosses it once; on one node nothing
+    crosses it.
     """
     workers = cluster.workers
     handling = constants.reduce_seconds * 2 * (workers - 1) / workers
     if cluster.nodes == 1:
         return handling
+    handling = max(handling, constants.socket_seconds * 2 * (workers - 1) / workers)
     messages = 2 * (workers - 1) * cluster.latency_us * 1e-6
     return handling + messages + sent_bytes(constants, cluster) * 8 / (cluster.gbit * 1e9)
 
@@ -196,8 +219,18 @@ def measure(store: Path, work: Path, options: argparse.Namespace) -> Constants:
         print(json.dumps(line), flush=True)
     # What else two busy cores disturb each other with is in it: the smaller one has less of that.
     reduce = max(min(steps[2, size] - fixed - size / 2 * cell for size in (small, large)), 0.0)
-    in_process = _in_process(store, work, large)
-    return Constants(step_seconds=fixed, cell_seconds=cell, reduce_seconds=reduce, **in_process)
+    found = _in_process(store, work, large)
+    found["socket_seconds"] = _socket_seconds(found["n_parameters"], work)
+    return Constants(step_seconds=fixed, cell_seconds=cell, reduce_seconds=reduce, **found)
+
+
+def _socket_seconds(n_parameters: int, work: Path) -> float:
+    """Return the seconds of one sum of two processes' numbers by gloo, one thread each."""
+    command = [sys.executable, "-c", RANK, str(work / "sync"), str(n_parameters)]
+    other = subprocess.Popen([*command, "1"])
+    first = subprocess.run([*command, "0"], capture_output=True, text=True, check=True)
+    other.wait()
+    return float(first.stdout)
 
 
 def _in_process(store: Path, work: Path, batch_size: int) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class GradientSum:
     All gradients go as one message. DistributedDataParallel sends them in buckets, while the rest
     is computed: on workers with one core each, sending then takes from computing what it hides,
     and every bucket is one more message to wait for. Workers on one machine, on CPUs, add in
-    memory that they share, which takes a fifth of the time that gloo's sockets do.
+    memory that they share, which takes half of the time that gloo's sockets do.
 
     Parameters
     ----------
