@@ -2,7 +2,8 @@
 
 `ray.serve.batch` forms its batches before the one in work is done: what arrives in the meantime
 waits in many small batches. Here everything that waits when the worker becomes free is taken at
-once, so batches grow with the load, and a lone request waits for nobody.
+once, so batches grow with the load, and a lone request waits for nobody. The worker takes it
+itself: it does not stand idle until the event loop comes round to giving it more.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from typing import Any, Protocol
+from contextlib import suppress
+from threading import Lock
+from typing import Any, Protocol, TypeAlias
 
 
 class Sized(Protocol):
@@ -21,6 +24,9 @@ class Sized(Protocol):
     def n_rows(self) -> int:
         """Rows of the work."""
         ...
+
+
+_Waiting: TypeAlias = "tuple[Sized, asyncio.Future[Any]]"
 
 
 class Merger:
@@ -44,8 +50,8 @@ class Merger:
         executor: Executor,
     ) -> None:
         self._work, self._max_rows, self._executor = work, max_rows, executor
-        self._waiting: deque[tuple[Sized, asyncio.Future[Any]]] = deque()
-        self._runner: asyncio.Task[None] | None = None
+        self._waiting: deque[_Waiting] = deque()
+        self._lock, self._at_work = Lock(), False
 
     @property
     def waiting(self) -> int:
@@ -71,28 +77,29 @@ class Merger:
             What `work` returned for it, if that is an exception, or raised.
         """
         future = asyncio.get_running_loop().create_future()
-        self._waiting.append((job, future))
-        if self._runner is None:
-            self._runner = asyncio.create_task(self._run())
+        with self._lock:
+            self._waiting.append((job, future))
+            begin, self._at_work = not self._at_work, True
+        if begin:
+            self._executor.submit(self._step)
         return await future
 
-    async def _run(self) -> None:
-        try:
-            while batch := self._take():
-                jobs = [job for job, _ in batch]
-                for (_, future), outcome in zip(batch, await self._outcomes(jobs), strict=True):
-                    if future.done():  # its request was cancelled in the meantime
-                        continue
-                    if isinstance(outcome, Exception):
-                        future.set_exception(outcome)
-                    else:
-                        future.set_result(outcome)
-        finally:
-            self._runner = None
+    def _step(self) -> None:
+        """Do what waits, as much as fits; called in the worker's thread."""
+        with self._lock:
+            batch = self._take()
+            self._at_work = bool(batch)
+        if not batch:
+            return
+        outcomes = self._outcomes([job for job, _ in batch])
+        for (_, future), outcome in zip(batch, outcomes, strict=True):
+            with suppress(RuntimeError):  # its loop is closed: nobody waits for it any more
+                future.get_loop().call_soon_threadsafe(_settle, future, outcome)
+        self._executor.submit(self._step)  # behind what other mergers have for the thread
 
-    def _take(self) -> list[tuple[Sized, asyncio.Future[Any]]]:
+    def _take(self) -> list[_Waiting]:
         """Return the jobs that run next, in the order of their arrival."""
-        batch: list[tuple[Sized, asyncio.Future[Any]]] = []
+        batch: list[_Waiting] = []
         rows = 0
         while self._waiting:
             job, future = self._waiting[0]
@@ -104,10 +111,19 @@ class Merger:
             self._waiting.popleft()
         return batch
 
-    async def _outcomes(self, jobs: list[Any]) -> Sequence[Any]:
+    def _outcomes(self, jobs: list[Any]) -> Sequence[Any]:
         """Return each job's result, or the exception that is to be raised for it."""
-        loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._executor, self._work, jobs)
+            return self._work(jobs)
         except Exception as error:
             return [error] * len(jobs)
+
+
+def _settle(future: asyncio.Future[Any], outcome: Any) -> None:
+    """Give a request its result, unless it was cancelled in the meantime."""
+    if future.done():
+        return
+    if isinstance(outcome, Exception):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)

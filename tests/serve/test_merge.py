@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -59,6 +60,45 @@ def test_what_waits_is_taken_together():
     assert results == ["A", "B", "C", "D"]
     assert recorder.calls == [["a"], ["b", "c", "d"]]
     assert recorder.threads == {"rayvaec-sampler_0"}
+
+
+def blocked_until_called(recorder: Recorder, times: int) -> None:
+    """Let the worker go, and the event loop do nothing until it was called so often."""
+    recorder.go.set()
+    until = time.monotonic() + 10
+    while len(recorder.calls) < times and time.monotonic() < until:
+        time.sleep(0.001)
+
+
+def test_the_worker_goes_on_while_the_event_loop_is_busy():
+    recorder = Recorder()
+
+    async def go() -> list[object]:
+        with ThreadPoolExecutor(1) as executor:
+            merger = Merger(recorder, 1, executor)
+            tasks = [asyncio.create_task(merger.submit(Part(name))) for name in "abc"]
+            await asyncio.sleep(0)
+            blocked_until_called(recorder, 3)
+            assert recorder.calls == [["a"], ["b"], ["c"]]
+            return await asyncio.gather(*tasks)
+
+    assert asyncio.run(go()) == ["A", "B", "C"]
+
+
+def test_mergers_take_turns_with_one_thread():
+    recorder = Recorder()
+
+    async def go() -> None:
+        with ThreadPoolExecutor(1) as executor:
+            one, other = (Merger(recorder, 1, executor) for _ in range(2))
+            submitted = [(one, "a"), (one, "b"), (one, "c"), (other, "x"), (other, "y")]
+            tasks = [asyncio.create_task(m.submit(Part(name))) for m, name in submitted]
+            await asyncio.sleep(0)
+            blocked_until_called(recorder, 5)
+            await asyncio.gather(*tasks)
+
+    asyncio.run(go())
+    assert recorder.calls == [["a"], ["x"], ["b"], ["y"], ["c"]]
 
 
 def test_no_more_rows_are_taken_than_fit_and_none_is_overtaken():
