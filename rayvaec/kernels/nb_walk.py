@@ -3,7 +3,7 @@
 `rayvaec.kernels.nb_sweep` says what a gap is, and how what is noted here becomes counts.
 
 Kernels of other modules inline these functions, and numba's cache looks at the calling file only:
-after a change here, touch nb_sweep.py.
+after a change here, touch nb_sweep.py and decoded_draws.py.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ what a row becomes does not depend on the rows beside it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rayvaec.kernels.decoded_draws import draw_decoded
-from rayvaec.kernels.keys import normal_noise
+from rayvaec.kernels.keys import normal_noise, position_keys
 from rayvaec.kernels.nb_sample import Draws, draw_counts, join_rows
 from rayvaec.kernels.threads import run_all, thread_count
 
@@ -72,6 +73,45 @@ def draw_rows(
     z = loc + scale * noise
     draw = draw_fused if z.device.type == "cpu" else draw_decoded_blocks
     return draw(module, z, library, y, batch_index, seed=seed, keys=keys, samples=samples)
+
+
+def draw_posterior(module: VAEC, tensors: Mapping[str, Tensor], n_samples: int) -> Draws:
+    """Draw from cells' posterior predictive distribution; torch's global generator gives the seed.
+
+    Parameters
+    ----------
+    module : VAEC
+        The model, in evaluation mode.
+    tensors : Mapping
+        As in `VAEC.forward`.
+    n_samples : int
+        Draws a cell, each with its own z.
+
+    Returns
+    -------
+    Draws
+        Counts of (n_cells * n_samples) x n_input, a cell's draws one after another.
+
+    Raises
+    ------
+    CountsError
+        If `tensors` do not fit the model.
+    """
+    y, batch_index = tensors["labels"], tensors.get("batch")
+    inferred = module.inference(tensors["X"], y, batch_index=batch_index)
+    n_cells, qz = len(y), inferred["qz"]
+    cell = torch.arange(n_cells).repeat_interleave(n_samples)
+    return draw_rows(
+        module,
+        qz.loc[cell],
+        qz.scale[cell],
+        inferred["library"][cell],
+        y[cell],
+        None if batch_index is None else batch_index[cell],
+        seed=int(torch.randint(2**62, ())),
+        keys=position_keys(0, n_cells)[cell.numpy()],
+        samples=np.tile(np.arange(n_samples, dtype=np.uint64), n_cells),
+    )
 
 
 def draw_fused(

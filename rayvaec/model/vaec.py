@@ -28,11 +28,9 @@ from torch.distributions import Normal
 
 from rayvaec.errors import CountsError
 from rayvaec.kernels.csr import CsrCounts
-from rayvaec.kernels.keys import position_keys
-from rayvaec.kernels.nb_sample import Draws
 from rayvaec.model.checks import check_codes, check_counts
 from rayvaec.model.config import VAECConfig
-from rayvaec.model.draws import draw_rows
+from rayvaec.model.draws import draw_posterior
 from rayvaec.model.losses import MIXTURE_DRAWS, LossOutput, LossRecorder, classification_loss
 from rayvaec.model.network import VAECNetwork
 
@@ -278,7 +276,7 @@ class VAEC(VAECNetwork):
         was_training = self.training
         self.eval()
         try:
-            draws = self._draws(tensors, n_samples)
+            draws = draw_posterior(self, tensors, n_samples)
         finally:
             self.train(was_training)
         n_rows = len(tensors["labels"]) * n_samples
@@ -286,23 +284,6 @@ class VAEC(VAECNetwork):
         counts = torch.zeros(n_rows, self.config.n_input)
         counts[rows, draws.indices] = torch.from_numpy(draws.counts).float()
         return counts.view(-1, n_samples, self.config.n_input).transpose(1, 2).contiguous()
-
-    def _draws(self, tensors: Mapping[str, Tensor], n_samples: int) -> Draws:
-        y, batch_index = tensors["labels"], tensors.get("batch")
-        inferred = self.inference(tensors["X"], y, batch_index=batch_index)
-        n_cells, qz = len(y), inferred["qz"]
-        cell = torch.arange(n_cells).repeat_interleave(n_samples)
-        return draw_rows(
-            self,
-            qz.loc[cell],
-            qz.scale[cell],
-            inferred["library"][cell],
-            y[cell],
-            None if batch_index is None else batch_index[cell],
-            seed=int(torch.randint(2**62, ())),
-            keys=position_keys(0, n_cells)[cell.numpy()],
-            samples=np.tile(np.arange(n_samples, dtype=np.uint64), n_cells),
-        )
 
     def encode(
         self,
