@@ -20,7 +20,7 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
@@ -261,6 +261,7 @@ def test_new_cells_with_names_are_sent_as_several(client, trained):
     assert np.array_equal(parts, whole)
 
 
+@settings(deadline=None)
 @given(
     values=st.lists(st.integers(0, 50), max_size=30),
     max_cells=st.integers(1, 40),
