@@ -2,7 +2,7 @@
 
 The replicas have gates of their own, but passing a request on and its refusal back costs as much
 as drawing a small one does, so that the more are turned away, the fewer are answered. Here it costs
-a tenth of that: the body is not read, and no replica hears of it.
+far less: the body is not read, and no replica hears of it.
 """
 
 from __future__ import annotations
