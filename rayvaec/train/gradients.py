@@ -36,7 +36,9 @@ class GradientSum:
     All gradients go as one message. DistributedDataParallel sends them in buckets, while the rest
     is computed: on workers with one core each, sending then takes from computing what it hides,
     and every bucket is one more message to wait for. Workers on one machine, on CPUs, add in
-    memory that they share, which takes half of the time that gloo's sockets do.
+    memory that they share, which takes a half to two thirds of the time that gloo's sockets do.
+    Either way a worker adds up one part of the numbers, in the order of the workers: on CPUs the
+    sum has the same bits wherever they are placed.
 
     Parameters
     ----------
@@ -49,9 +51,12 @@ class GradientSum:
     def __init__(self, module: nn.Module, ranks: Ranks) -> None:
         self._parameters, self._ranks = list(module.parameters()), ranks
         self._sizes = [parameter.numel() for parameter in self._parameters]
+        n_numbers = sum(self._sizes)
+        # Filled up with zeros, so that every worker's part is of the same size.
+        self._filling = torch.zeros(-n_numbers % ranks.world_size, device=ranks.device)
         self._rows: Tensor | None = None
         if ranks.world_size > 1 and ranks.device.type == "cpu":
-            self._rows = _shared_rows(ranks, sum(self._sizes))
+            self._rows = _shared_rows(ranks, n_numbers + len(self._filling))
 
     @property
     def in_shared_memory(self) -> bool:
@@ -68,11 +73,12 @@ class GradientSum:
         """
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         if self._ranks.world_size > 1:
-            flat = [gradient.reshape(-1) for gradient in gradients]
+            flat = [*(gradient.reshape(-1) for gradient in gradients), self._filling]
             rows = self._rows
-            joined = _sum_over_sockets(flat) if rows is None else self._sum_shared(flat, rows)
-            parts = zip(joined.split(self._sizes), self._parameters, strict=True)
-            gradients = [part.view_as(parameter) for part, parameter in parts]
+            joined = self._sum_sent(flat) if rows is None else self._sum_shared(flat, rows)
+            parts = joined.split([*self._sizes, len(self._filling)])
+            pairs = zip(parts, self._parameters, strict=False)  # the last part is the filling
+            gradients = [part.view_as(parameter) for part, parameter in pairs]
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
         return gradients
@@ -83,19 +89,28 @@ class GradientSum:
         Nobody adds before all have written, or reads before all have added; and nobody adds the
         next time before all have come back with their next row, and so have read.
         """
-        rank = self._ranks.rank
+        rank, size = self._ranks.rank, rows.shape[1] // self._ranks.world_size
         torch.cat(flat, out=rows[rank])
         dist.barrier()
-        part = slice(*(rows.shape[1] * k // self._ranks.world_size for k in (rank, rank + 1)))
+        part = slice(rank * size, (rank + 1) * size)
         torch.sum(rows[:-1, part], 0, out=rows[-1, part])
         dist.barrier()
         return rows[-1].clone()
 
+    def _sum_sent(self, flat: list[Tensor]) -> Tensor:
+        """Send every worker its part of one's numbers, add up one's own part, send that to all.
 
-def _sum_over_sockets(flat: list[Tensor]) -> Tensor:
-    joined = torch.cat(flat)
-    dist.all_reduce(joined)
-    return joined
+        A ring's all-reduce sends as many numbers, but adds them in an order of its own.
+        """
+        joined = torch.cat(flat)
+        if joined.is_cuda:
+            dist.all_reduce(joined)
+            return joined
+        rows = torch.empty_like(joined)
+        dist.all_to_all_single(rows, joined)
+        part = torch.sum(rows.view(self._ranks.world_size, -1), 0)
+        dist.all_gather_into_tensor(joined, part)
+        return joined
 
 
 def _shared_rows(ranks: Ranks, n_numbers: int) -> Tensor | None:
