@@ -26,6 +26,21 @@ from rayvaec.serve.summary import summary_answer
 TOKEN = "0123456789abcdef0123"
 PHONE, DESK = (360, 740), (1280, 900)
 
+TOO_CLOSE = """
+const found = [];
+for (const figure of document.querySelectorAll("#figures svg")) {
+  const texts = [...figure.querySelectorAll("text")];
+  const boxes = texts.map((text) => [text.textContent, text.getBoundingClientRect()]);
+  boxes.forEach(([name, a], i) => boxes.slice(i + 1).forEach(([other, b]) => {
+    const beside = Math.max(a.left, b.left) - 3 < Math.min(a.right, b.right);
+    const level = Math.max(a.top, b.top) < Math.min(a.bottom, b.bottom);
+    if (beside && level) found.push([name, other]);
+  }));
+}
+return found;
+"""
+"""Names in the figures that overlap, or stand less than 3 pixels from each other in a line."""
+
 
 def test_its_files_are_confined_and_name_nothing_outside(serve_with):
     closed = serve_with(digest(TOKEN))
@@ -120,6 +135,15 @@ class Browser:
 
         for key in keys:
             ActionChains(self.driver, duration=0).send_keys(key).perform()
+
+    def scatter(self, values):
+        """Show a scatter of some values in place of the first figure."""
+        code = (
+            "const [values, done] = arguments; import('/page/charts.js').then(({scatter}) => {"
+            "const given = {training: values, drawn: values, log: true, name: 'mean', words: 'w'};"
+            "document.querySelector('#figures svg').replaceWith(scatter(given)); done(); });"
+        )
+        self.driver.execute_async_script(code, values)
 
     def focused(self):
         return self.driver.switch_to.active_element
@@ -308,6 +332,11 @@ def test_it_fits_its_screen(browser, url, size):
     browser.find("#draw").click()
     browser.drawn()
     assert browser.script("return document.documentElement.scrollWidth") <= size[0]
+    assert browser.script(TOO_CLOSE) == []
+    for least in (0.001, 0.02, 0.1):
+        for most in (1, 30, 120, 1000, 1500, 9000, 2e5):
+            browser.scatter([least, most])
+            assert browser.script(TOO_CLOSE) == [], (least, most)
     assert (
         browser.script("return arguments[0].getBoundingClientRect().top", browser.find("#status"))
         < size[1] / 2

@@ -128,12 +128,27 @@ function logTicks(low, high, place) {
     }
     return found;
   };
-  const apart = (found) => {
-    const names = found.map(number);
-    const at = found.map((value, i) => middle(place(value), names[i]));
-    return at.slice(1).every((x, i) => x - at[i] >= ((names[i].length + names[i + 1].length) / 2) * LETTER + 8);
-  };
-  return STEPS.map(ticks).find(apart) ?? ticks([1]).filter((_, i) => i % 3 === 0);
+  const clear = (found) => apart(found.map((value) => [value, number(value)]), place);
+  return STEPS.map(ticks).find(clear) ?? ticks([1]).filter((_, i) => i % 3 === 0);
+}
+
+/** Whether the names of ticks below an axis stand clear of each other. */
+function apart(ticks, place) {
+  const at = ticks.map(([value, name]) => middle(place(value), name));
+  const room = (i) => ((ticks[i][1].length + ticks[i + 1][1].length) / 2) * LETTER + 8;
+  return at.slice(1).every((x, i) => x - at[i] >= room(i));
+}
+
+/** Zero and powers of ten: every one above zero's name, or every second or third of them. */
+function powerTicks(low, high, place) {
+  const zero = [0, "0"];
+  const powers = [];
+  for (let power = Math.ceil(low); power <= high; power += 1) {
+    const tick = [10 ** power, number(10 ** power)];
+    if (apart([zero, tick], place)) powers.push(tick);
+  }
+  const every = [1, 2, 3].map((step) => [zero, ...powers.filter((_, i) => i % step === 0)]);
+  return every.find((ticks) => apart(ticks, place)) ?? every[2];
 }
 
 /** Every gene: the training data's value across, the drawn one up; what agrees is on the line. */
@@ -141,17 +156,17 @@ export function scatter({ training, drawn, log, name, words }) {
   const size = WIDTH - LEFT;
   const height = size + BOTTOM + TOP;
   const svg = frame(words, height);
-  let [place, ticks] = [(value) => value, [0, 0.25, 0.5, 0.75, 1].map((value) => [value, percent(value)])];
+  let place = (value) => value;
+  const x = (value) => LEFT + 5 + place(value) * (size - 10);
+  const y = (value) => TOP + size - 5 - place(value) * (size - 10);
+  let ticks = [0, 0.25, 0.5, 0.75, 1].map((value) => [value, percent(value)]);
   if (log) {
     const all = [...training, ...drawn].filter((value) => value > 0);
     const [least, most] = [Math.min(...all, 0.1), Math.max(...all, 1)];
     const [low, high] = [Math.log10(least / 2), Math.log10(most * 1.3)];
     place = (value) => (Math.log10(Math.max(value, least / 2)) - low) / (high - low);
-    ticks = [[0, "0"]];
-    for (let power = Math.ceil(low + 0.35); power <= high; power += 1) ticks.push([10 ** power, number(10 ** power)]);
+    ticks = powerTicks(low, high, x);
   }
-  const x = (value) => LEFT + 5 + place(value) * (size - 10);
-  const y = (value) => TOP + size - 5 - place(value) * (size - 10);
   for (const [value, text] of ticks) {
     yTick(svg, y(value), text);
     xTick(svg, x(value), text, height);
