@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from rayvaec.errors import StoreError
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers of writing where there is no room, or a file may not grow."""
 
-REPLACED = ".replaced"
+PARTIAL, REPLACED = ".partial", ".replaced"
 
 
 def check_free(path: Path, overwrite: bool = False) -> None:
@@ -75,11 +76,11 @@ def whole_output(path: Path, overwrite: bool = False) -> Iterator[Path]:
     check_free(path, overwrite)
     new_folders = [folder for folder in path.absolute().parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     remove(partial)
     try:
         yield partial
-        _put_in_place(partial, path)
+        put_in_place(partial, path)
     except BaseException:
         remove(partial)
         with suppress(OSError):  # somebody else has put something there meanwhile
@@ -88,7 +89,19 @@ def whole_output(path: Path, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
-def _put_in_place(partial: Path, path: Path) -> None:
+def put_in_place(partial: Path, path: Path) -> None:
+    """Rename a finished output to its place, over what stands there.
+
+    On an error both stand where they were. A kill between the two renames leaves a replaced output
+    beside its place: `bring_back` knows where.
+
+    Parameters
+    ----------
+    partial : Path
+        The finished output, on the same disk.
+    path : Path
+        Where it shall stand.
+    """
     old = path.with_name(f".{path.name}.{os.getpid()}{REPLACED}")
     remove(old)
     with suppress(FileNotFoundError):
@@ -110,7 +123,10 @@ def bring_back(path: Path) -> None:
     path : Path
         Where the output stands, or stood. No other process may be writing it.
     """
-    for left in path.parent.glob(f".{path.name}.*"):
+    ours = re.compile(rf"\.{re.escape(path.name)}\.\w+(\{PARTIAL}|\{REPLACED})")
+    for left in path.parent.glob(".*"):
+        if not ours.fullmatch(left.name):
+            continue
         if left.name.endswith(REPLACED) and not path.exists():
             left.rename(path)
         else:
@@ -119,7 +135,7 @@ def bring_back(path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON so that readers see the old file or the new one, never a part."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, name = tempfile.mkstemp(PARTIAL, f".{path.name}.", path.parent)
     try:
         with os.fdopen(descriptor, "w") as file:
             json.dump(value, file, indent=1)

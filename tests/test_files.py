@@ -77,6 +77,19 @@ def test_an_output_is_never_missing_while_it_is_replaced(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_only_what_belongs_to_an_output_is_brought_back_or_removed(tmp_path, monkeypatch):
+    others = {".out.backup", ".out.zarr.7.partial", ".outer.7.replaced", "out.7.partial"}
+    for name in others:
+        (tmp_path / name).mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", lambda _: None)  # a kill: nobody cleans up
+        with pytest.raises(TypeError):
+            write_json(tmp_path / "out", object())
+    assert len(os.listdir(tmp_path)) == 5
+    bring_back(tmp_path / "out")
+    assert set(os.listdir(tmp_path)) == others
+
+
 def test_json_is_replaced_at_once(tmp_path, monkeypatch):
     path = tmp_path / "value.json"
     write_json(path, {"a": 1})

@@ -18,7 +18,7 @@ from rayvaec.data.names import listing
 from rayvaec.data.obs_keys import ObsKeys
 from rayvaec.data.store import Store, open_store
 from rayvaec.errors import ConfigError
-from rayvaec.files import check_free, remove
+from rayvaec.files import bring_back, check_free, remove
 from rayvaec.infer.actors import actors, explained, run_stage
 from rayvaec.infer.ledger import Ledger
 from rayvaec.infer.output import array_at, create_layer, create_output, shards_of
@@ -175,6 +175,7 @@ def open_job(
         raise ConfigError(f"num_workers={num_workers} does nothing", "give a whole number >= 1")
     where, out = location(store_path), Path(out)
     check_job_paths([Path(model_path), out], [where])
+    bring_back(out)
     check_free(out, overwrite)
     model = load_model(model_path)
     # Of its own stores rayvaec knows the columns; of others, those that the model was trained on.

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rayvaec.files import remove, write_json
+from rayvaec.files import put_in_place, remove, write_json
 
 logger = logging.getLogger("rayvaec")
 
@@ -92,6 +92,5 @@ class Ledger:
 
     def publish(self) -> None:
         """Move the finished output to its place, over what stood there, and remove the rest."""
-        remove(self.out)
-        self.output.rename(self.out)
+        put_in_place(self.output, self.out)
         remove(self.folder)

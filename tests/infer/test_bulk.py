@@ -340,8 +340,13 @@ def test_an_output_is_replaced_only_when_that_is_asked_for(
     with pytest.raises(StoreError, match="exists already"):
         bulk.embed_store(model_path, store_path, out)
     assert (out / "precious").exists()
+    out.rename(tmp_path / ".out.zarr.7.replaced")  # as a kill while it was replaced leaves it
+    with pytest.raises(StoreError, match="exists already"):
+        bulk.embed_store(model_path, store_path, out)
+    assert (out / "precious").exists()
     bulk.embed_store(model_path, store_path, out, overwrite=True)
     assert anndata.read_zarr(out).n_obs == 1200
+    assert [path.name for path in tmp_path.iterdir()] == ["out.zarr"]
 
 
 def _save(path: Path, genes: list[str], labels: list[str]) -> Path:

@@ -50,3 +50,28 @@ def test_publishing_replaces_what_stood_there_and_leaves_nothing_else(begun: Led
     begun.publish()
     assert [path.name for path in begun.out.iterdir()] == ["new"]
     assert [path.name for path in begun.out.parent.iterdir()] == ["out.zarr"]
+
+
+def test_an_output_that_cannot_be_replaced_stands_and_the_work_is_kept(
+    begun: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun.out.mkdir()
+    (begun.out / "old").touch()
+    (begun.output / "new").touch()
+    rename = Path.rename
+
+    def die(self: Path, target: Path) -> Path:
+        if self == begun.output:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", die)
+        with pytest.raises(KeyboardInterrupt):
+            begun.publish()
+    assert [path.name for path in begun.out.iterdir()] == ["old"]
+    again = Ledger(begun.out, {"seed": 0})
+    assert again.goes_on
+    again.publish()
+    assert [path.name for path in begun.out.iterdir()] == ["new"]
+    assert [path.name for path in begun.out.parent.iterdir()] == ["out.zarr"]

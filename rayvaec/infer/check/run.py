@@ -11,7 +11,7 @@ from rayvaec.data.names import listing
 from rayvaec.data.obs_keys import ObsKeys
 from rayvaec.data.store import Store, open_store
 from rayvaec.errors import ConfigError, ModelError, RayvaecError, StoreError
-from rayvaec.files import check_free
+from rayvaec.files import bring_back, check_free
 from rayvaec.infer.actors import actors, explained, run_stage
 from rayvaec.infer.check.config import CheckConfig
 from rayvaec.infer.check.figures import Estimates
@@ -84,6 +84,7 @@ def check_store(
     paths = [Path(model_path)] + ([Path(against)] if against is not None else [])
     where, out = location(store_path), Path(out)
     check_job_paths([*paths, out], [where])
+    bring_back(out)
     check_free(out, overwrite)
     models = [load_model(path) for path in paths]
     registry = models[0].registry
