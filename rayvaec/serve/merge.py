@@ -11,10 +11,12 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from contextlib import suppress
 from threading import Lock
 from typing import Any, Protocol, TypeAlias
+
+from rayvaec.errors import RequestError
 
 
 class Sized(Protocol):
@@ -73,6 +75,8 @@ class Merger:
 
         Raises
         ------
+        RequestError
+            503 if the executor is shut down before the job is done.
         Exception
             What `work` returned for it, if that is an exception, or raised.
         """
@@ -81,8 +85,27 @@ class Merger:
             self._waiting.append((job, future))
             begin, self._at_work = not self._at_work, True
         if begin:
-            self._executor.submit(self._step)
+            self._go_on()
         return await future
+
+    def _go_on(self) -> None:
+        """Have the worker do what waits, behind what other mergers have for it."""
+        try:
+            self._executor.submit(self._step).add_done_callback(self._stepped)
+        except RuntimeError:  # the executor is shut down
+            self._give_up()
+
+    def _stepped(self, step: Future[None]) -> None:
+        if step.cancelled():  # as shutting down does with what is queued
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Refuse everything that waits: nobody is left to do it."""
+        with self._lock:
+            batch, self._at_work = list(self._waiting), False
+            self._waiting.clear()
+        stopped = RequestError("the server is stopping", "ask again", 503, "stopping")
+        _tell(batch, [stopped] * len(batch))
 
     def _step(self) -> None:
         """Do what waits, as much as fits; called in the worker's thread."""
@@ -91,11 +114,8 @@ class Merger:
             self._at_work = bool(batch)
         if not batch:
             return
-        outcomes = self._outcomes([job for job, _ in batch])
-        for (_, future), outcome in zip(batch, outcomes, strict=True):
-            with suppress(RuntimeError):  # its loop is closed: nobody waits for it any more
-                future.get_loop().call_soon_threadsafe(_settle, future, outcome)
-        self._executor.submit(self._step)  # behind what other mergers have for the thread
+        _tell(batch, self._outcomes([job for job, _ in batch]))
+        self._go_on()
 
     def _take(self) -> list[_Waiting]:
         """Return the jobs that run next, in the order of their arrival."""
@@ -117,6 +137,13 @@ class Merger:
             return self._work(jobs)
         except Exception as error:
             return [error] * len(jobs)
+
+
+def _tell(batch: Sequence[_Waiting], outcomes: Sequence[Any]) -> None:
+    """Give requests their results from the worker's thread."""
+    for (_, future), outcome in zip(batch, outcomes, strict=True):
+        with suppress(RuntimeError):  # its loop is closed: nobody waits for it any more
+            future.get_loop().call_soon_threadsafe(_settle, future, outcome)
 
 
 def _settle(future: asyncio.Future[Any], outcome: Any) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from rayvaec.errors import RequestError
 from rayvaec.serve.merge import Merger
 
 
@@ -136,6 +137,33 @@ def test_cancelled_requests_are_not_worked_on():
     results = asyncio.run(submit_all(recorder, [Part(name) for name in "abcd"], cancel=2))
     assert isinstance(results[2], asyncio.CancelledError)
     assert recorder.calls == [["a"], ["b", "d"]]
+
+
+@pytest.mark.parametrize("cancel", [True, False])
+def test_what_waits_when_the_worker_is_shut_down_is_refused(cancel):
+    recorder = Recorder()
+
+    async def go() -> None:
+        executor = ThreadPoolExecutor(1)
+        one, other = (Merger(recorder, 1, executor) for _ in range(2))
+        submitted = [(one, "a"), (one, "b"), (other, "x")]
+        tasks = [asyncio.create_task(m.submit(Part(name))) for m, name in submitted]
+        while not recorder.calls:
+            await asyncio.sleep(0.001)
+        executor.shutdown(wait=False, cancel_futures=cancel)
+        recorder.go.set()
+        _, waiting = await asyncio.wait(tasks, timeout=10)
+        assert not waiting
+        outcomes = [task.exception() or task.result() for task in tasks]
+        refused = [outcome for outcome in outcomes if isinstance(outcome, RequestError)]
+        assert [error.status for error in refused] == [503] * (2 if cancel else 1)
+        assert outcomes[0] == "A"
+        assert isinstance(outcomes[1], RequestError)
+        for _ in range(2):  # nor does what comes later wait for ever
+            with pytest.raises(RequestError, match="stopping"):
+                await asyncio.wait_for(one.submit(Part("c")), 10)
+
+    asyncio.run(go())
 
 
 def test_a_request_cancelled_in_work_does_no_harm():
