@@ -169,14 +169,19 @@ def compare(
     second = _drawn(module, two, how, mixed)
     statistics = _counts_statistics(one, two) if how.all_stats else {}
     if how.mode == "vanilla":
-        return _by_gene(module, lambda genes: _vanilla(first.of(genes), second.of(genes))) | (
-            statistics
-        )
+        found = _by_gene(module, lambda genes: _vanilla(first.of(genes), second.of(genes)))
+        return found | statistics
     pseudocounts = how.pseudocounts
     if pseudocounts is None:
-        pseudocounts = max(
-            _pseudocounts(module, *population) for population in ((first, one), (second, two))
-        )
+        sides = (first, one), (second, two)
+        pseudocounts = max(_pseudocounts(module, *side) for side in sides)
+    return _changes(module, first, second, pseudocounts, how) | statistics
+
+
+def _changes(
+    module: VAEC, first: Shares, second: Shares, pseudocounts: float, how: Comparison
+) -> dict[str, NDArray[Any]]:
+    """Return what mode change says of every gene, from paired draws of two populations."""
 
     def change(genes: slice, offset: float) -> NDArray[np.float64]:
         return np.log2(first.of(genes) + offset) - np.log2(second.of(genes) + offset)
@@ -201,7 +206,7 @@ def compare(
             **_described(change(genes, 1e-3 * pseudocounts)),
         }
 
-    return _by_gene(module, statistics_of) | statistics
+    return _by_gene(module, statistics_of)
 
 
 def to_frame(
