@@ -39,6 +39,7 @@ from scipy import sparse
 from rayvaec.client import Client
 from rayvaec.data.registry import Registry
 from rayvaec.infer import posterior
+from rayvaec.infer.cells import Cells
 from rayvaec.infer.trained import TrainedModel, load_model
 from rayvaec.kernels.keys import cell_keys
 from rayvaec.model.saved import save_model
@@ -301,7 +302,7 @@ def in_process(model: TrainedModel, adata: anndata.AnnData, n_cells: int, n_samp
     codes = [model.registry.labels.index(label) for label in adata.obs["cell_type"][:n_cells]]
     keys = cell_keys(list(adata.obs_names[:n_cells]))
     indptr = x.indptr.astype(np.int64)
-    cells = posterior.Cells(indptr, x.indices, x.data, np.asarray(codes, np.int64), None, keys)
+    cells = Cells(indptr, x.indices, x.data, np.asarray(codes, np.int64), None, keys)
     began = time.perf_counter()
     for start, stop, first, last in windows(n_cells, n_samples, N_GENES):
         part = cells.part(start, stop)

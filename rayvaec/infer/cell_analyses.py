@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from rayvaec.data.names import choices
 from rayvaec.errors import ConfigError, ModelError
 from rayvaec.infer import likelihood, posterior
+from rayvaec.infer.cells import Cells
 from rayvaec.infer.named import NamedModel, chosen_cells
 from rayvaec.infer.normalized import Wanted, normalized_expression, positions
-from rayvaec.infer.posterior import Cells, blocks, check_draws
+from rayvaec.infer.posterior import blocks, check_draws
 
 if TYPE_CHECKING:
     from anndata import AnnData

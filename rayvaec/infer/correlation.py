@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rayvaec.infer.cells import Cells
 from rayvaec.infer.normalized import Wanted, normalized_expression
-from rayvaec.infer.posterior import Cells
 from rayvaec.kernels.keys import GAMMA, check_seed, stream_keys
 from rayvaec.kernels.nb_loss import RATE_FLOOR
 from rayvaec.model.draws import BLOCK_ROWS

@@ -18,6 +18,7 @@ from rayvaec.data.align import obs_column
 from rayvaec.data.registry import is_missing
 from rayvaec.errors import ConfigError
 from rayvaec.infer import correlation, vamp
+from rayvaec.infer.cells import Cells
 from rayvaec.infer.contrasts import Groups, check_size, compare_all, contrasts
 from rayvaec.infer.differential import Comparison, compare, to_frame
 from rayvaec.infer.named import NamedModel, chosen_cells
@@ -121,18 +122,8 @@ class GroupAnalyses(NamedModel):
             *(mode, delta, fdr_target, n_samples_overall, pseudocounts),
             *(batch_correction, all_stats, seed),
         )
-        genes = self.registry.genes
         if idx1 is not None:
-            cells = self.cells(adata, **alignment)
-            masks = [_mask(idx1, len(cells), "idx1")]
-            masks.append(~masks[0] if idx2 is None else _mask(idx2, len(cells), "idx2"))
-            sides = [
-                summarise(self.module, cells, mask.astype(np.int64) - 1, 1, how.n_samples, seed)
-                for mask in masks
-            ]
-            for name, side in zip(("idx1", "idx2"), sides, strict=True):
-                check_size(name, side)
-            return to_frame(compare(self.module, sides[0], sides[1], how), genes, None, how)
+            return self._compare_chosen(self.cells(adata, **alignment), idx1, idx2, how)
         groups = self._groups(
             chosen_cells(adata, alignment.get("indices")), groupby or alignment.get("labels_key")
         )
@@ -141,7 +132,23 @@ class GroupAnalyses(NamedModel):
         populations = summarise(
             *(self.module, cells, groups.codes, len(groups.names), how.n_samples, seed)
         )
-        return compare_all(self.module, genes, populations, groups.names, wanted, how)
+        genes, names = self.registry.genes, groups.names
+        return compare_all(self.module, genes, populations, names, wanted, how)
+
+    def _compare_chosen(
+        self, cells: Cells, idx1: ArrayLike, idx2: ArrayLike | None, how: Comparison
+    ) -> DataFrame:
+        """Compare the cells of one mask with those of another, or with all others."""
+        masks = [_mask(idx1, len(cells), "idx1")]
+        masks.append(~masks[0] if idx2 is None else _mask(idx2, len(cells), "idx2"))
+        sides = [
+            summarise(self.module, cells, mask.astype(np.int64) - 1, 1, how.n_samples, how.seed)
+            for mask in masks
+        ]
+        for name, side in zip(("idx1", "idx2"), sides, strict=True):
+            check_size(name, side)
+        table = compare(self.module, sides[0], sides[1], how)
+        return to_frame(table, self.registry.genes, None, how)
 
     def get_feature_correlation_matrix(
         self,

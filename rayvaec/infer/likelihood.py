@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rayvaec.infer.posterior import Block, Cells, blocks
+from rayvaec.infer.cells import Cells
+from rayvaec.infer.posterior import Block, blocks
 from rayvaec.kernels.csr import CsrCounts
 from rayvaec.kernels.keys import normal_noise
 from rayvaec.model.draws import BLOCK_ROWS

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from rayvaec.data.names import listing
 from rayvaec.data.registry import Registry
 from rayvaec.errors import ConfigError, ModelError
-from rayvaec.infer.posterior import Cells
+from rayvaec.infer.cells import Cells
 from rayvaec.kernels.keys import cell_keys
 from rayvaec.model.saved import SavedModel
 

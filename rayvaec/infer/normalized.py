@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rayvaec.infer.posterior import Block, Cells, blocks, shares
+from rayvaec.infer.cells import Cells
+from rayvaec.infer.posterior import Block, blocks, shares
 from rayvaec.kernels.keys import normal_noise
 from rayvaec.model.draws import padded
 from rayvaec.model.vaec import VAEC

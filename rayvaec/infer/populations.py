@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from rayvaec.infer import posterior
-from rayvaec.infer.posterior import Cells
+from rayvaec.infer.cells import Cells
 from rayvaec.kernels.keys import normal_noise
 from rayvaec.model.vaec import VAEC
 

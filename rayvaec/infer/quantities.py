@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from rayvaec.compiled import compiled
 from rayvaec.errors import ConfigError
 from rayvaec.infer import posterior
+from rayvaec.infer.cells import Cells
 from rayvaec.infer.likelihood import marginal_ll
-from rayvaec.infer.posterior import Cells
 from rayvaec.kernels.nb_sample import Draws as DrawnRows
 from rayvaec.model.vaec import VAEC
 

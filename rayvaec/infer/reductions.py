@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from rayvaec.data.registry import Registry
 from rayvaec.data.store import Rows
 from rayvaec.infer import posterior, vamp
+from rayvaec.infer.cells import Cells
 from rayvaec.infer.contrasts import Contrast, compare_all
 from rayvaec.infer.differential import Comparison
 from rayvaec.infer.output import write_means
 from rayvaec.infer.populations import Populations, merge, summarise
-from rayvaec.infer.posterior import Cells
 from rayvaec.model.vaec import VAEC
 
 Arrays = Mapping[str, NDArray[Any]]

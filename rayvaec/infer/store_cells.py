@@ -14,7 +14,7 @@ from rayvaec.data.names import choices, listing
 from rayvaec.data.registry import Registry, inverse
 from rayvaec.data.store import Rows, Store
 from rayvaec.errors import ModelError
-from rayvaec.infer.posterior import Cells
+from rayvaec.infer.cells import Cells
 from rayvaec.kernels.csr import is_ascending
 from rayvaec.kernels.keys import cell_keys
 

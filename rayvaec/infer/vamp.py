@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from rayvaec.errors import ConfigError
 from rayvaec.infer import posterior
-from rayvaec.infer.posterior import Cells
+from rayvaec.infer.cells import Cells
 from rayvaec.model.losses import MIXTURE_FLOOR
 from rayvaec.model.vaec import VAEC
 

@@ -25,6 +25,7 @@ from rayvaec.infer.trained import load_model
 from rayvaec.runtime import ray_session, usable_cpus
 from rayvaec.serve import front
 from rayvaec.serve.auth import TOKEN_VARIABLE, check_bind, token_digest
+from rayvaec.serve.guard import log_with_serve
 from rayvaec.serve.limits import Limits
 from rayvaec.serve.metrics import Metrics
 from rayvaec.serve.models import ONLY_NAME, check_names
@@ -111,7 +112,7 @@ class Endpoint:
             self._services[name] = Service(model, args.limits, threads)
             self._services[name].warm_up()
         self._metrics: Metrics | None = None
-        _log_with_serve()
+        log_with_serve()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application; Ray Serve calls this once the models are loaded."""
@@ -136,14 +137,6 @@ class Endpoint:
             timeout_s=_METRICS_TIMEOUT_S, return_exceptions=True
         )
         return [each for each in await answers if not isinstance(each, BaseException)]
-
-
-def _log_with_serve() -> None:
-    """Send rayvaec's log lines where Serve sends its own."""
-    logger = logging.getLogger("rayvaec")
-    logger.handlers = logging.getLogger("ray.serve").handlers
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
 
 
 def build(args: ServeArgs) -> serve.Application:

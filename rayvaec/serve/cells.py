@@ -15,7 +15,7 @@ from rayvaec.data.counts import as_counts
 from rayvaec.data.names import choices, listing
 from rayvaec.data.registry import Registry, inverse
 from rayvaec.errors import CountsError, RequestError
-from rayvaec.infer.posterior import Cells
+from rayvaec.infer.cells import Cells
 from rayvaec.kernels.keys import cell_keys, position_keys
 from rayvaec.serve.schemas import Counts
 from rayvaec.serve.wire import RawCells

@@ -39,6 +39,13 @@ _REQUEST_ID = "X-Request-ID"
 _ID_PATTERN = re.compile(r"[\x21-\x7e]{1,128}")
 
 
+def log_with_serve() -> None:
+    """Send rayvaec's log lines, those of requests among them, where Ray Serve sends its own."""
+    logger.handlers = logging.getLogger("ray.serve").handlers
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
 def problem_response(error: RayvaecError, scope: Scope, **headers: str) -> Response:
     """Return the answer to a request that is refused.
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from rayvaec.errors import RequestError
-from rayvaec.infer.posterior import Cells
+from rayvaec.infer.cells import Cells
 from rayvaec.infer.trained import TrainedModel
 from rayvaec.serve.cells import (
     Aligned,

@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 
 import rayvaec
-from rayvaec.infer.posterior import Cells
+from rayvaec.infer.cells import Cells
 from rayvaec.infer.trained import TrainedModel
 from rayvaec.serve.bodies import Sent, unpack
 from rayvaec.serve.h5ad.sandbox import Sandbox
@@ -149,13 +149,12 @@ class Service:
         -------
         bytes
         """
-        results = [result async for result in self._results(task, lambda result: result)]
 
-        def encode() -> bytes:
+        def encode(results: list[Any]) -> bytes:
             answer = {**task.facts, **task.as_json(results)}
             return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads.readers, encode)
+        return await self._whole(task, encode)
 
     async def h5ad(self, task: Task) -> bytes:
         """Return an answer as an h5ad file.
@@ -169,13 +168,18 @@ class Service:
         -------
         bytes
         """
-        results = [result async for result in self._results(task, lambda result: result)]
 
-        def encode() -> bytes:
+        def encode(results: list[Any]) -> bytes:
             matrices = task.as_matrices(results)
             return write_h5ad(task.about, self.model.registry, matrices.layers, matrices.obsm)
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads.readers, encode)
+        return await self._whole(task, encode)
+
+    async def _whole(self, task: Task, encode: Callable[[list[Any]], bytes]) -> bytes:
+        """Return an answer that is encoded when all jobs are done, off the event loop."""
+        results = [result async for result in self._results(task, _same)]
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads.readers, encode, results)
 
     async def _results(self, task: Task, then: Callable[[Any], Any]) -> AsyncGenerator[Any, None]:
         """Yield the jobs' results in order; the next jobs wait at the merger meanwhile."""

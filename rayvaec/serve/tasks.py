@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rayvaec.infer.posterior import Cells
+from rayvaec.infer.cells import Cells
 from rayvaec.kernels.nb_sample import Draws
 from rayvaec.serve.h5ad.writing import Annotation
 from rayvaec.serve.wire import (

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from rayvaec.errors import CountsError
 from rayvaec.infer import posterior
-from rayvaec.infer.posterior import Cells
+from rayvaec.infer.cells import Cells
 from rayvaec.kernels.nb_sample import Draws
 from rayvaec.model.vaec import VAEC
 

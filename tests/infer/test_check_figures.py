@@ -16,6 +16,7 @@ from scipy import stats
 
 from rayvaec.errors import ConfigError
 from rayvaec.infer import posterior
+from rayvaec.infer.cells import Cells
 from rayvaec.infer.check.config import CheckConfig, parse_thresholds
 from rayvaec.infer.check.figures import (
     EXPRESSED,
@@ -43,7 +44,6 @@ from rayvaec.infer.check.tally import (
     panel_of,
 )
 from rayvaec.infer.check.verdict import judge, summarise
-from rayvaec.infer.posterior import Cells
 from rayvaec.kernels.keys import position_keys
 from rayvaec.model.vaec import VAEC
 

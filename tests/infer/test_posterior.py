@@ -9,7 +9,7 @@ from scipy.stats import chisquare, nbinom
 from small_cells import N_CELLS, N_GENES, make_cells, make_module, take
 
 from rayvaec.infer import posterior
-from rayvaec.infer.posterior import Cells
+from rayvaec.infer.cells import Cells
 from rayvaec.kernels.keys import cell_keys
 
 

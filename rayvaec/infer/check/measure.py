@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from rayvaec.infer import posterior
+from rayvaec.infer.cells import Cells
 from rayvaec.infer.check.kernels import add_counts, add_expected, fill_pairs
 from rayvaec.infer.check.tally import (
     DRAWN,
@@ -19,7 +20,6 @@ from rayvaec.infer.check.tally import (
     Panel,
     Tally,
 )
-from rayvaec.infer.posterior import Cells
 from rayvaec.kernels.keys import normal_noise
 from rayvaec.kernels.nb_sample import Draws
 from rayvaec.model.draws import BLOCK_ROWS, decode_block

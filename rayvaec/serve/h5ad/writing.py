@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayvaec.data.registry import Registry
-from rayvaec.infer.posterior import Cells
+from rayvaec.infer.cells import Cells
 
 
 @dataclass(frozen=True)
