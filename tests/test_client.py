@@ -531,7 +531,7 @@ def one_cell() -> anndata.AnnData:
         (refusal(429, **{"Retry-After": "7"}), 7),
         (refusal(503, **{"Retry-After": "2"}), 2),
         (refusal(429, **{"Retry-After": "soon"}), 0.2),
-        (refusal(429, **{"Retry-After": formatdate(time.time() + 999, usegmt=True)}), 60),
+        (refusal(429, **{"Retry-After": formatdate(time.time() + 86_400, usegmt=True)}), 60),
         (refusal(429, **{"Retry-After": "100000"}), 60),
         (plain(500), 0.2),
         (plain(502), 0.2),
