@@ -104,7 +104,7 @@ def test_beginning_again_clears_what_ray_left(begun: Path) -> None:
     (checkpoints / "step_0000000009").mkdir()
     (checkpoints / "checkpoint_manager_snapshot.json").write_text("{")
     folder.end(begun, "failed")
-    (begun / ".run.json.ab12").touch()  # the driver was killed at the end
+    (begun / ".run.json.ab12.partial").touch()  # the driver was killed at the end
     assert folder.begin_again(begun, TrainConfig(seed=3, max_epochs=6)) is None
     assert list(checkpoints.iterdir()) == []
     assert list(begun.glob(".*")) == []
@@ -118,8 +118,8 @@ def test_what_a_killed_worker_was_writing_is_swept(begun: Path) -> None:
         (begun / name).mkdir()
         (begun / name / "config.json").touch()
     (begun / ".metrics.jsonl.partial").touch()
-    (begun / ".progress.json.ab12").touch()
-    others = [begun / ".run.json.ab12", begun / "checkpoints" / ".validate_storage_marker"]
+    (begun / ".progress.json.ab12.partial").touch()
+    others = [begun / ".run.json.ab12.partial", begun / "checkpoints" / ".validate_storage_marker"]
     for path in others:  # the driver and Ray may be writing
         path.touch()
     folder.sweep(begun)
