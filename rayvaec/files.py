@@ -133,12 +133,12 @@ def bring_back(path: Path) -> None:
             remove(left)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON so that readers see the old file or the new one, never a part."""
+def write_text(path: Path, text: str) -> None:
+    """Write `text` so that readers see the old file or the new one, never a part."""
     descriptor, name = tempfile.mkstemp(PARTIAL, f".{path.name}.", path.parent)
     try:
         with os.fdopen(descriptor, "w") as file:
-            json.dump(value, file, indent=1)
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
@@ -146,3 +146,8 @@ def write_json(path: Path, value: Any) -> None:
     except BaseException:
         os.unlink(name)
         raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, as `write_text` does."""
+    write_text(path, json.dumps(value, indent=1))

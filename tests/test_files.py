@@ -83,8 +83,9 @@ def test_only_what_belongs_to_an_output_is_brought_back_or_removed(tmp_path, mon
         (tmp_path / name).mkdir()
     with monkeypatch.context() as patch:
         patch.setattr(os, "unlink", lambda _: None)  # a kill: nobody cleans up
-        with pytest.raises(TypeError):
-            write_json(tmp_path / "out", object())
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(InterruptedError))
+        with pytest.raises(InterruptedError):
+            write_json(tmp_path / "out", {})
     assert len(os.listdir(tmp_path)) == 5
     bring_back(tmp_path / "out")
     assert set(os.listdir(tmp_path)) == others

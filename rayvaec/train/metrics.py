@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rayvaec.files import write_json
+from rayvaec.files import write_json, write_text
 from rayvaec.train.storage import patiently
 
 METRICS, PROGRESS, ATTEMPTS = "metrics.jsonl", "progress.json", "attempts.jsonl"
@@ -167,9 +167,7 @@ def cut_records(run: Path, step: int) -> None:
         if not (run / METRICS).exists():
             return
         kept = [record for record in read_records(run) if record["step"] <= step]
-        partial = run / f".{METRICS}.partial"
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        partial.replace(run / METRICS)
+        write_text(run / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
 
     patiently(f"{run / METRICS}", cut)
 

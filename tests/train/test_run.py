@@ -117,7 +117,7 @@ def test_what_a_killed_worker_was_writing_is_swept(begun: Path) -> None:
     for name in (".model.7.partial", ".last.7.partial", "checkpoints/.step_0000000009.partial"):
         (begun / name).mkdir()
         (begun / name / "config.json").touch()
-    (begun / ".metrics.jsonl.partial").touch()
+    (begun / ".metrics.jsonl.ab12.partial").touch()
     (begun / ".progress.json.ab12.partial").touch()
     others = [begun / ".run.json.ab12.partial", begun / "checkpoints" / ".validate_storage_marker"]
     for path in others:  # the driver and Ray may be writing
