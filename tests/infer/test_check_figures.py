@@ -195,6 +195,13 @@ def test_a_model_that_has_not_learned_what_varies_within_labels_is_poor() -> Non
     assert found["prior_fit"] == "good"
 
 
+def test_a_replicate_is_held_against_the_z_that_it_was_drawn_at() -> None:
+    module = truth(latent_effect=1.0)
+    tally = measured(module, drawn_cells(module).part(0, 600))
+    found = coverage(tally.pit[REPLICATE].sum((0, 1)))
+    np.testing.assert_allclose(found, INTERVALS, atol=0.01)
+
+
 def test_intervals_are_too_wide_or_too_narrow(right: Estimates) -> None:
     covered = []
     for spoil in (_noisier, _surer):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,10 @@ def make_loop(store_path: Path, tmp_path: Path) -> Callable[..., TrainLoop]:
 
 
 @pytest.fixture
-def run_ranks(store_path: Path) -> Callable[..., None]:
-    """Train with several processes over gloo."""
+def run_ranks(store_path: Path) -> Iterator[Callable[..., None]]:
+    """Train with several processes over gloo; they start once, which takes longer than to train."""
+    script = str(Path(__file__).parent / "gloo_worker.py")
+    workers: list[subprocess.Popen[str]] = []
 
     def run_all(
         run: Path, world_size: int, dies_at: str = "", store: Path = store_path, **settings: Any
@@ -56,22 +58,16 @@ def run_ranks(store_path: Path) -> Callable[..., None]:
             "settings": {**SMALL, **settings},
             "dies_at": dies_at,
         }
-        script = str(Path(__file__).parent / "gloo_worker.py")
-        workers = [
-            subprocess.Popen(
-                [sys.executable, script, json.dumps({"rank": rank, **arguments})],
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(world_size)
-        ]
-        try:
-            for worker in workers:
-                _, errors = worker.communicate(timeout=120)
-                assert worker.returncode == 0, errors
-        finally:
-            for worker in workers:
-                worker.kill()
-                worker.communicate()
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        while len(workers) < world_size:
+            workers.append(subprocess.Popen([sys.executable, script], **pipes))
+        for rank, worker in enumerate(workers[:world_size]):
+            print(json.dumps({"rank": rank, **arguments}), file=worker.stdin, flush=True)
+        for rank, worker in enumerate(workers[:world_size]):
+            assert worker.stdout is not None
+            assert worker.stdout.readline() == "done\n", f"rank {rank} failed"
 
-    return run_all
+    yield run_all
+    for worker in workers:
+        worker.kill()
+        worker.communicate()

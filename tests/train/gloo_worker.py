@@ -1,4 +1,4 @@
-"""Run as a script: one rank of a training over gloo, without Ray."""
+"""Run as a script: one rank of trainings over gloo, without Ray; each is a line of its input."""
 
 from __future__ import annotations
 
@@ -58,4 +58,6 @@ def train_rank(
 
 
 if __name__ == "__main__":
-    train_rank(**json.loads(sys.argv[1]))
+    for line in sys.stdin:
+        train_rank(**json.loads(line))
+        print("done", flush=True)
