@@ -173,6 +173,13 @@ def random_store(tmp_path_factory: pytest.TempPathFactory) -> RandomStore:
     )
 
 
+@pytest.fixture(scope="session")
+def smaller_store(tmp_path_factory: pytest.TempPathFactory) -> RandomStore:
+    """600 cells in three partitions, 540 of them for training; not to be changed."""
+    path = tmp_path_factory.mktemp("smaller") / "store"
+    return write_random_store(path, n_cells=600, n_partitions=3, n_train=540, rows_per_chunk=1)
+
+
 class FileServer:
     """Files of a folder over HTTP on loopback, with the faults that it is told to show.
 
