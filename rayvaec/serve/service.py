@@ -32,7 +32,9 @@ MERGED_ROWS = 8192
 """Most rows (a cell's draw each) that are computed in one go."""
 
 _READERS = 2
-_JOBS_AHEAD = 2
+_JOBS_AHEAD = 4
+"""Jobs of a request that wait for the sampler or are at work: while an answer's pieces go out, the
+event loop comes round late, and the sampler must not stand idle until then."""
 
 
 class Threads:
