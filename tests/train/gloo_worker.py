@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Its functions have the process group that there is at their import as a default. Imported later,
+# as by Adam, they keep it when it is destroyed: gloo's threads then run into the interpreter's end,
+# which aborts the process where one of them still holds a tensor. Ray's workers have no such end.
+import torch.distributed.nn
 
 from rayvaec.train.checkpoint import newest_checkpoint
 from rayvaec.train.config import TrainConfig
@@ -54,7 +60,9 @@ def train_rank(
     with suppress(InterruptedError):
         TrainLoop(Task(Path(store), Path(run), config), Ranks(rank, world_size), sink).run()
     dist.barrier()
+    group = weakref.ref(dist.group.WORLD)
     dist.destroy_process_group()
+    assert group() is None, "gloo's threads go on"
 
 
 if __name__ == "__main__":
