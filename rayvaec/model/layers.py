@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from rayvaec.kernels.csr import CsrCounts
 from rayvaec.kernels.hidden_layers import Layer, hidden_layers
+from rayvaec.kernels.latent import Heads, draw_latent
 from rayvaec.kernels.sparse_linear import sparse_linear
 
 VARIANCE_FLOOR = 1e-4
@@ -291,6 +292,34 @@ class Encoder(nn.Module):
             x, *categories, log1p=log1p, beside=beside, rows_per_product=rows_per_product
         )
         return self._heads(hidden, rows_per_product)
+
+    def draw_csr(
+        self,
+        x: CsrCounts,
+        *categories: Tensor | None,
+        noise: Tensor,
+        factor: Tensor,
+        log1p: bool,
+        beside: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw z of sparse raw counts, and its divergence from N(0, I), on the CPU in float32.
+
+        Parameters
+        ----------
+        x, *categories, log1p, beside
+            As in `FCLayers.forward_csr`.
+        noise, factor
+            As in `rayvaec.kernels.latent.draw_latent`.
+
+        Returns
+        -------
+        tuple of Tensor[n_cells, n_latent], Tensor[] and Tensor[n_cells]
+            z, the weighted sum of the divergences, and each cell's without gradient.
+        """
+        hidden = self.encoder.forward_csr(x, *categories, log1p=log1p, beside=beside)
+        mean, variance = self.mean_encoder, self.var_encoder
+        heads = Heads(mean.weight, mean.bias, variance.weight, variance.bias)
+        return draw_latent(hidden, heads, noise, factor, floor=VARIANCE_FLOOR)
 
     def _heads(self, hidden: Tensor, rows_per_product: int | None) -> Normal:
         product = partial(_product, rows_per_product)

@@ -377,17 +377,31 @@ class VAEC(VAECNetwork):
         LossOutput
             Only `loss` carries gradients.
         """
-        qz = self.encode(x, y, batch_index)
         if noise is None:
-            shape = (self.n_noise, *qz.loc.shape)
-            noise = torch.randn(shape, generator=generator, device=qz.loc.device)
+            shape = (self.n_noise, x.n_cells, self.config.n_latent)
+            noise = torch.randn(shape, generator=generator, device=self.px_r.device)
         factor = self._cell_weight(y) / (divisor or x.n_cells)
-        weighted_sum, reconstruction = self.reconstruction(
-            qz.loc + qz.scale * noise[0], x, y, batch_index, factor
-        )
-        kl_local = self.kl(qz, y, noise[1:])
-        loss = weighted_sum + kl_weight * (factor * kl_local).sum()
-        return LossOutput(loss, reconstruction, kl_local.detach())
+        z, kl_sum, kl_local = self._draw(x, y, batch_index, noise, factor)
+        weighted_sum, reconstruction = self.reconstruction(z, x, y, batch_index, factor)
+        return LossOutput(weighted_sum + kl_weight * kl_sum, reconstruction, kl_local)
+
+    def _draw(
+        self, x: CsrCounts, y: Tensor, batch_index: Tensor | None, noise: Tensor, factor: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return z, the weighted sum of its divergences and, without gradient, each cell's."""
+        on_cpu = noise.device.type == "cpu" and self.px_r.dtype == torch.float32
+        if on_cpu and self.config.prior == "normal":
+            return self.z_encoder.draw_csr(
+                x,
+                *self._encoder_categories(y, batch_index),
+                noise=noise[0],
+                factor=factor,
+                log1p=self.config.log_variational,
+                beside=self._encoded_batch(y, batch_index),
+            )
+        qz = self.encode(x, y, batch_index)
+        kl = self.kl(qz, y, noise[1:])
+        return qz.loc + qz.scale * noise[0], (factor * kl).sum(), kl.detach()
 
     def _check_codes(self, y: Tensor, batch_index: Tensor | None, n_cells: int) -> None:
         check_codes("labels", y, self.config.n_labels, n_cells)

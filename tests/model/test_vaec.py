@@ -164,6 +164,25 @@ def test_the_sparse_path_equals_the_dense_one(parity, monkeypatch):
         assert_close(ours[name], parameter.grad)
 
 
+def test_the_noise_given_takes_z_along_its_posterior():
+    module, tensors = small_model(ct_weight=[0.5, 2.0, 1.0]), small_tensors()
+    x, y, noise = tensors["X"].long(), tensors["labels"], torch.randn(1, 8, 5)
+    indptr = torch.cat([torch.zeros(1, dtype=torch.long), (x > 0).sum(1).cumsum(0)])
+    csr = CsrCounts(indptr, x.nonzero()[:, 1], x[x > 0], 30)
+    output = module.minibatch_loss(csr, y, kl_weight=0.3, noise=noise)
+    inferred = module.inference(tensors["X"], y)
+    z = inferred["qz"].loc + inferred["qz"].scale * noise[0]
+    generated = module.generative(z, inferred["library"], y)
+    expected = module.loss(tensors, inferred, generated, kl_weight=0.3)
+    gradients = [
+        torch.autograd.grad(loss.loss, tuple(module.parameters())) for loss in (output, expected)
+    ]
+    assert_close(output.loss.detach(), expected.loss.detach())
+    assert_close(output.kl_local, expected.kl_local.detach())
+    for ours, theirs in zip(*gradients, strict=True):
+        assert_close(ours, theirs)
+
+
 def test_the_mixture_prior_is_a_mixture():
     # With one component N(0, 1), the estimate agrees with the closed form.
     module = small_model(generative="softmax", n_batch=1, prior="mog", num_classes_mog=1)
