@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
+from rayvaec.serve.app import ServeArgs
+from rayvaec.serve.front import environment
+from rayvaec.serve.replicas import replica_range
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -100,6 +104,18 @@ def test_what_the_head_says_of_the_full_cluster_is_what_the_node_types_come_to(
             for node in _workers(config).values()
         )
         assert int(said[kind]) == full
+
+
+def test_the_proxies_pass_on_what_the_replicas_of_serve_yaml_have_places_for(
+    config: dict[str, Any],
+) -> None:
+    served = yaml.safe_load((ROOT / "jobs" / "serve.yaml").read_text())
+    args = ServeArgs.model_validate(served["applications"][0]["args"])
+    _, most = replica_range(args.num_replicas)
+    expected = environment(most * args.limits.max_requests)
+    for start in (c for c in _start_commands(config) if "ray start" in c):
+        settings = start.split(";")[0].split()
+        assert {f"{name}={value}" for name, value in expected.items()} <= set(settings)
 
 
 def test_storage_is_a_bucket_that_every_node_mounts(config: dict[str, Any]) -> None:

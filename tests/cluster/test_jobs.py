@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import secrets
 import signal
 import socket
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,8 @@ import anndata
 import httpx
 import pytest
 import yaml
+
+from rayvaec.serve import front
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -94,8 +98,10 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_TMPDIR": folder,
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # it would wait for the replicas
             "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
             "RAYVAEC_STORAGE": str(storage),
+            **front.environment(places=1),
         }
         names = ("port", "dashboard-port", "ray-client-server-port", "node-manager-port")
         names += ("object-manager-port", "dashboard-agent-listen-port", "metrics-export-port")
@@ -210,13 +216,16 @@ def _ask(url: str, token: str, head: Head) -> None:
     }
     refused = httpx.post(f"{url}/v1/sample", json=request, timeout=60)
     assert refused.status_code == 401
-    answer = httpx.post(
-        f"{url}/v1/sample",
-        json=request,
-        headers={"Authorization": f"Bearer {token}"},
-        timeout=60,
-    )
-    assert answer.status_code == 200, answer.text
+    with (
+        httpx.Client(headers={"Authorization": f"Bearer {token}"}, timeout=60) as client,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        answer = client.post(f"{url}/v1/sample", json=request)
+        assert answer.status_code == 200, answer.text
+        # The replicas have places for all of these, the proxy for one.
+        request |= {"n_samples": 20_000, "reduce": ["mean"]}
+        several = pool.map(lambda _: client.post(f"{url}/v1/sample", json=request), range(8))
+        assert {answer.status_code for answer in several} == {200, 429}
 
 
 def _wait_until_ready(url: str, token: str, head: Head) -> None:
@@ -241,15 +250,16 @@ def _wait_until_ready(url: str, token: str, head: Head) -> None:
         ("sample", ("/there/model", "/there/store", "--out", "out.zarr", "--n-samples", "1")),
     ],
 )
-def test_a_relative_path_in_a_job_is_a_mistake(script: str, arguments: tuple[str, ...]) -> None:
-    done = subprocess.run(
-        [sys.executable, f"jobs/{script}.py", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
+def test_a_relative_path_in_a_job_is_a_mistake(
+    script: str,
+    arguments: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "jobs" / f"{script}.py"), run_name="__main__")
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
     assert "is relative, and a job runs in a copy of the working folder; give an absolute" in line
