@@ -31,6 +31,11 @@ class Sized(Protocol):
 _Waiting: TypeAlias = "tuple[Sized, asyncio.Future[Any]]"
 
 
+def stopping() -> RequestError:
+    """Return what is said to those for whom no thread works any more."""
+    return RequestError("the server is stopping", "ask again", 503, "stopping")
+
+
 class Merger:
     """Runs work in a thread, off the event loop, as much at a time as waits and fits.
 
@@ -104,8 +109,7 @@ class Merger:
         with self._lock:
             batch, self._at_work = list(self._waiting), False
             self._waiting.clear()
-        stopped = RequestError("the server is stopping", "ask again", 503, "stopping")
-        _tell(batch, [stopped] * len(batch))
+        _tell(batch, [stopping()] * len(batch))
 
     def _step(self) -> None:
         """Do what waits, as much as fits; called in the worker's thread."""

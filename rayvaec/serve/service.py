@@ -10,7 +10,7 @@ from contextlib import aclosing
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import orjson
@@ -22,7 +22,7 @@ from rayvaec.serve.bodies import Sent, unpack
 from rayvaec.serve.h5ad.sandbox import Sandbox
 from rayvaec.serve.h5ad.writing import write_h5ad
 from rayvaec.serve.limits import Limits
-from rayvaec.serve.merge import Merger
+from rayvaec.serve.merge import Merger, stopping
 from rayvaec.serve.requests import Reader
 from rayvaec.serve.tasks import Task
 from rayvaec.serve.wire import END_OF_STREAM, stream_start
@@ -31,6 +31,7 @@ from rayvaec.serve.work import Job, run_jobs
 MERGED_ROWS = 8192
 """Most rows (a cell's draw each) that are computed in one go."""
 
+_T = TypeVar("_T")
 _READERS = 2
 _JOBS_AHEAD = 4
 """Jobs of a request that wait for the sampler or are at work: while an answer's pieces go out, the
@@ -60,6 +61,38 @@ class Threads:
         self.sampler = ThreadPoolExecutor(1, thread_name_prefix="rayvaec-sampler")
         self.readers = ThreadPoolExecutor(_READERS, thread_name_prefix="rayvaec-reader")
         self.sandbox = Sandbox(limits.max_body_bytes)
+
+    async def aside(self, work: Callable[..., _T], *arguments: Any) -> _T:
+        """Do something in a reader, off the event loop.
+
+        Parameters
+        ----------
+        work : callable
+            What to do.
+        *arguments
+            What it takes.
+
+        Returns
+        -------
+        Any
+            What it returned.
+
+        Raises
+        ------
+        RequestError
+            503 if the threads are closed before a reader has begun it.
+        """
+        try:
+            done = self.readers.submit(work, *arguments)
+        except RuntimeError as error:  # shut down
+            raise stopping() from error
+        try:
+            return await asyncio.wrap_future(done)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise stopping() from None  # not the request was cancelled, but what waited for it
 
     def close(self) -> None:
         """End them once their present work is done."""
@@ -111,13 +144,12 @@ class Service:
         RequestError
             If the request is refused.
         """
-        loop = asyncio.get_running_loop()
 
         def read() -> Task:
             body = unpack(sent, self.model.registry, self.limits, self._threads.sandbox)
             return reader(body, self.model, self.limits)
 
-        return await loop.run_in_executor(self._threads.readers, read)
+        return await self._threads.aside(read)
 
     async def arrow(self, task: Task) -> AsyncIterator[bytes]:
         """Yield an Arrow answer in pieces, as its jobs are done.
@@ -180,8 +212,7 @@ class Service:
     async def _whole(self, task: Task, encode: Callable[[list[Any]], bytes]) -> bytes:
         """Return an answer that is encoded when all jobs are done, off the event loop."""
         results = [result async for result in self._results(task, _same)]
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads.readers, encode, results)
+        return await self._threads.aside(encode, results)
 
     async def _results(self, task: Task, then: Callable[[Any], Any]) -> AsyncGenerator[Any, None]:
         """Yield the jobs' results in order; the next jobs wait at the merger meanwhile."""
