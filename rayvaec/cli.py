@@ -40,9 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = build_parser().parse_args(argv)
     root, to_stderr = logging.getLogger(), logging.StreamHandler(sys.stderr)
+    httpx = logging.getLogger("httpx")
+    levels = root.level, httpx.level
     root.addHandler(to_stderr)
     root.setLevel(logging.INFO)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    httpx.setLevel(logging.WARNING)
     debug = getattr(arguments, "debug", False)
     # A stop by `kill` or `ray job stop` cleans up just as one by the keyboard does.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -57,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
         root.removeHandler(to_stderr)
+        root.setLevel(levels[0])
+        httpx.setLevel(levels[1])
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -264,6 +265,13 @@ def test_an_unexpected_failure_has_exit_code_1(run, tmp_path, monkeypatch):
     assert code == 1
     assert "No space left on device" in err
     assert len(err.splitlines()) == 1
+
+
+def test_a_command_leaves_the_logging_of_its_process_as_it_was(run, model_path):
+    loggers = logging.getLogger(), logging.getLogger("httpx")
+    before = [(logger.level, list(logger.handlers)) for logger in loggers]
+    assert run("inspect", model_path)[0] == 0
+    assert [(logger.level, list(logger.handlers)) for logger in loggers] == before
 
 
 def test_a_termination_cleans_up(run, tmp_path, monkeypatch):
