@@ -8,8 +8,8 @@ INSTALLED = $(VENV)/.installed-$(EXTRAS)
 demo: $(INSTALLED)  ## everything on a synthetic atlas, in a few minutes on two cores
 	$(VENV)/bin/rayvaec demo --out demo-output --overwrite
 
-test: $(INSTALLED)  ## the test suite
-	$(VENV)/bin/pytest
+test: $(INSTALLED)  ## the test suite, in two processes: what starts Ray in one of them
+	$(VENV)/bin/pytest --numprocesses 2 --dist loadgroup
 
 chaos: $(INSTALLED)  ## runs that are killed and disturbed, about a quarter of an hour on two cores
 	$(VENV)/bin/pytest tests/chaos -m chaos

@@ -18,6 +18,18 @@ os.environ.pop("RAY_ADDRESS", None)
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group what starts Ray, which mostly waits, for a pytest that runs in several processes.
+
+    One of them has what uses the Ray of `ray_local`, and one what starts another.
+    """
+    for item in items:
+        if item.get_closest_marker("ray"):
+            own = "ray_local" not in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group("rays of their own" if own else "ray"))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data and reference values beside the repository, where there is one."""

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
@@ -36,6 +37,12 @@ def _make_regions_small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small_regions(monkeypatch: pytest.MonkeyPatch) -> None:
     _make_regions_small(monkeypatch)
+
+
+@pytest.fixture
+def lasting(lasting_actors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use the processes of the tests before."""
+    monkeypatch.setattr(bulk_run, "actors", lasting_actors)
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +114,7 @@ def test_many_samples_are_drawn_in_windows(
         np.testing.assert_array_equal(left, right)
 
 
+@pytest.mark.usefixtures("lasting")
 def test_reductions_are_moments_of_the_draws(
     model_path: Path,
     store_path: Path,
@@ -126,6 +134,7 @@ def test_reductions_are_moments_of_the_draws(
     np.testing.assert_allclose(found.layers["zero_fraction"], (draws == 0).mean(2), rtol=1e-6)
 
 
+@pytest.mark.usefixtures("lasting")
 def test_latent_expression_and_elbo_are_those_of_the_model_in_memory(
     model_path: Path,
     store_path: Path,
@@ -152,6 +161,7 @@ def test_latent_expression_and_elbo_are_those_of_the_model_in_memory(
     np.testing.assert_array_equal(found.obs["reconstruction_error"], error["reconstruction_loss"])
 
 
+@pytest.mark.usefixtures("lasting")
 def test_marginal_likelihoods_are_those_of_the_model_in_memory(
     model_path: Path,
     store_path: Path,
@@ -165,6 +175,7 @@ def test_marginal_likelihoods_are_those_of_the_model_in_memory(
     np.testing.assert_array_equal(anndata.read_zarr(out).obs["marginal_ll"], expected)
 
 
+@pytest.mark.usefixtures("lasting")
 def test_the_empirical_prior_is_that_of_the_model_in_memory(
     model_path: Path,
     store_path: Path,
@@ -187,6 +198,7 @@ def _same_table(found: Path, expected: pd.DataFrame) -> None:
     pd.testing.assert_frame_equal(table, expected, check_names=False, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("lasting")
 def test_comparisons_are_those_of_the_model_in_memory(
     model_path: Path,
     store_path: Path,
@@ -278,6 +290,7 @@ class _FailsAt(regions.RegionWorker):
         return super().region(number)
 
 
+@pytest.mark.usefixtures("lasting")
 def test_a_rerun_does_what_is_missing(
     model_path: Path,
     store_path: Path,
@@ -308,6 +321,7 @@ class _WritesShort(_FailsAt):
     error = OSError("4096 requested and 1024 written")  # numpy's, of a full disk
 
 
+@pytest.mark.usefixtures("lasting")
 def test_a_rerun_of_a_comparison_does_what_is_missing(
     model_path: Path,
     store_path: Path,
@@ -331,6 +345,7 @@ def test_a_rerun_of_a_comparison_does_what_is_missing(
     assert not (tmp_path / "out.csv.partial").exists()
 
 
+@pytest.mark.usefixtures("lasting")
 def test_an_output_is_replaced_only_when_that_is_asked_for(
     model_path: Path, store_path: Path, tmp_path: Path
 ) -> None:
@@ -357,6 +372,7 @@ def _save(path: Path, genes: list[str], labels: list[str]) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("lasting")
 def test_genes_are_matched_by_name(
     model_path: Path, store_path: Path, in_memory: anndata.AnnData, tmp_path: Path
 ) -> None:
@@ -382,6 +398,7 @@ def test_a_model_that_does_not_fit_is_refused(store_path: Path, tmp_path: Path) 
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.usefixtures("lasting")
 def test_batches_go_with_the_cells(tmp_path: Path) -> None:
     simulate(n_cells=300, n_genes=40, n_labels=2, seed=1).write_h5ad(tmp_path / "a.h5ad")
     config = PrepareConfig(labels_key="cell_type", batch_key="batch")
@@ -434,6 +451,7 @@ def test_what_is_no_model_or_no_store_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("lasting")
 def test_a_store_that_changed_meanwhile_is_noticed(
     model_path: Path, store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,6 +70,12 @@ def undisturbed(said: tuple[Said, Path]) -> Path:
 
 
 @pytest.fixture
+def lasting(lasting_actors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use the processes of the tests before."""
+    monkeypatch.setattr(run, "actors", lasting_actors)
+
+
+@pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take seconds."""
     picture = Picture("data:,", "")
@@ -105,7 +111,7 @@ def test_the_command_writes_a_report_and_fails_below_thresholds(said: tuple[Said
     assert [path.name for path in folder.parent.iterdir()] == ["report"]
 
 
-@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.usefixtures("no_pictures", "lasting")
 def test_the_command_succeeds_above_thresholds_and_replaces_only_when_asked(
     model_path: Path, store_path: Path, tmp_path: Path
 ) -> None:
@@ -186,6 +192,7 @@ def _save(path: Path, genes: list[str], labels: list[str], seed: int = 0) -> Pat
     return path
 
 
+@pytest.mark.usefixtures("lasting")
 def test_two_models_are_compared_on_the_same_cells(
     undisturbed: Path, model_path: Path, store_path: Path, tmp_path: Path
 ) -> None:
@@ -270,12 +277,15 @@ def test_full_disks_and_killed_workers_leave_no_part_of_a_report_and_count_no_ce
     model_path: Path,
     store_path: Path,
     tmp_path: Path,
+    lasting_actors: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(run, "CheckWorker", _Disturbed)
     out = tmp_path / "report"
-    with pytest.raises(RayvaecError, match=r"no space .* finished regions are kept in"):
-        check_store(model_path, store_path, out, FEW)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "actors", lasting_actors)
+        with pytest.raises(RayvaecError, match=r"no space .* finished regions are kept in"):
+            check_store(model_path, store_path, out, FEW)
     assert not out.exists()
     first = {path.name for path in tmp_path.glob("measured *")}
     assert first == {"measured 0", "measured 1", "measured 2", "measured 4"}
@@ -295,6 +305,7 @@ def test_full_disks_and_killed_workers_leave_no_part_of_a_report_and_count_no_ce
 
     # Every region is there.
     (tmp_path / "mended").unlink()
+    monkeypatch.setattr(run, "actors", lasting_actors)
     check_store(model_path, store_path, out, FEW)
     _same(undisturbed, out)
     assert not (tmp_path / "report.partial").exists()
