@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from rayvaec.kernels.keys import position_keys
-from rayvaec.model.draws import draw_rows
+from rayvaec.model.draws import KeyedRows, draw_rows
 from rayvaec.model.vaec import VAEC
 
 CLOCK = time.perf_counter
@@ -55,11 +55,10 @@ def sides(
     libraries = torch.full((n_rows, 1), library)
     y = torch.randint(N_LABELS, (n_rows, 1))
     keys, samples = position_keys(0, n_rows), np.zeros(n_rows, np.uint64)
+    keyed = KeyedRows(libraries, y, None, 0, keys, samples)
 
     def ours() -> float:
-        draws = draw_rows(
-            module, loc, scale, libraries, y, None, seed=0, keys=keys, samples=samples
-        )
+        draws = draw_rows(module, loc, scale, keyed)
         return len(draws.indices) / (n_rows * module.config.n_input)
 
     @torch.no_grad()

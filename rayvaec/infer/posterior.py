@@ -23,7 +23,7 @@ from rayvaec.kernels.csr import CsrCounts
 from rayvaec.kernels.keys import normal_noise
 from rayvaec.kernels.nb_sample import Draws
 from rayvaec.kernels.threads import run_all, thread_count
-from rayvaec.model.draws import BLOCK_ROWS, GROUP_BLOCKS, draw_rows, padded
+from rayvaec.model.draws import BLOCK_ROWS, GROUP_BLOCKS, KeyedRows, draw_rows, padded
 from rayvaec.model.vaec import VAEC
 
 ELBO_SAMPLE = 2**63
@@ -331,10 +331,7 @@ def _draw_rows(
     """Draw counts; `loc` and `scale` have a row a draw, `library` one a cell."""
     device = _device(module)
     row, samples = _keyed_rows(cells, n_samples, first_sample)
-    return draw_rows(
-        module,
-        loc.to(device),
-        scale.to(device),
+    rows = KeyedRows(
         module.library_of(torch.from_numpy(library[row])[:, None].to(device)),
         _codes(cells.labels[row], device),
         None if cells.batches is None else _codes(cells.batches[row], device),
@@ -342,6 +339,7 @@ def _draw_rows(
         keys=cells.keys[row],
         samples=samples,
     )
+    return draw_rows(module, loc.to(device), scale.to(device), rows)
 
 
 def _keyed_rows(

@@ -16,6 +16,7 @@ it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,13 @@ import torch
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from rayvaec.compiled import compiled
 from rayvaec.errors import ConfigError
 from rayvaec.kernels.distinct import Distinct
 from rayvaec.kernels.gene_tables import gene_tables
-from rayvaec.kernels.keys import check_row_keys, check_seed
+from rayvaec.kernels.keys import check_streams
+from rayvaec.kernels.nb_loss_terms import with_row_bias
 from rayvaec.kernels.nb_sample import TILE_GENES, Draws, draw_blocks, lane_buffer
 from rayvaec.kernels.nb_walk import LANES, whole_vectors
 from rayvaec.kernels.special import FAST, exp_negative, log1p_unit
@@ -169,26 +170,19 @@ def draw_decoded(
     CountsError
         As in `nb_sample.draw_counts`.
     """
-    if row_bias is not None:
-        table, kind = row_bias
-        h = torch.cat((h, functional.one_hot(kind, len(table)).to(h.dtype)), 1)
-        weight = torch.cat((weight, table.t().to(weight.dtype)), 1)
+    h, weight = with_row_bias(h, weight, row_bias)
     if h.ndim != 2 or weight.shape != (len(bias), h.shape[1]) or px_r.shape != bias.shape:
         raise ConfigError(
             f"h has shape {tuple(h.shape)}, weight {tuple(weight.shape)}, px_r {tuple(px_r.shape)}",
             "pass h[n_rows, n_hidden], weight[n_genes, n_hidden] and px_r[n_genes]",
         )
-    word, row_keys, row_samples = check_seed(seed), *check_row_keys(len(h), keys, samples)
+    streams = check_streams(len(h), seed, keys, samples)
     tables = gene_tables(px_r.detach().double().cpu().numpy(), generative)
     to_rates = _softmax_rates if tables.softmax else _softplus_rates
     inputs = tuple(_on_cpu(tensor) for tensor in (h, weight, bias, library.reshape(-1)))
-
-    def decoder(rows: slice) -> _Decoder:
-        return _Decoder(inputs, to_rates, rows)
-
     # A softmax needs all genes before the first rate is known.
     tile_genes = len(bias) if tables.softmax else TILE_GENES
-    return draw_blocks(decoder, tables, word, row_keys, row_samples, tile_genes)
+    return draw_blocks(partial(_Decoder, inputs, to_rates), tables, streams, tile_genes)
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
@@ -199,10 +193,7 @@ class _Decoder:
     """Makes the rates of a block of rows."""
 
     def __init__(
-        self,
-        inputs: tuple[Tensor, ...],
-        to_rates: Callable[..., None],
-        rows: slice,
+        self, inputs: tuple[Tensor, ...], to_rates: Callable[..., None], rows: slice
     ) -> None:
         h, weight, bias, library = inputs
         # With numpy: threads that call torch for such small things wait for each other's GIL.

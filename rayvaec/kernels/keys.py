@@ -19,7 +19,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numba import njit
@@ -45,6 +45,26 @@ _S31 = np.uint64(31)
 
 # Kernels of other modules inline these functions, and numba's cache looks at the calling file only:
 # after a change here, touch nb_sweep.py.
+
+
+class Streams(NamedTuple):
+    """What names the random streams of rows; from `check_streams`.
+
+    Parameters
+    ----------
+    seed : uint64
+        Of all rows.
+    keys, samples : NDArray[n_rows] of uint64
+        Each row's cell, and which of the cell's draws it is.
+    """
+
+    seed: np.uint64
+    keys: NDArray[np.uint64]
+    samples: NDArray[np.uint64]
+
+    def of(self, rows: slice) -> Self:
+        """Return the streams of some rows."""
+        return self._replace(keys=self.keys[rows], samples=self.samples[rows])
 
 
 @njit(inline="always")
@@ -168,27 +188,27 @@ def check_seed(seed: int) -> np.uint64:
     return np.uint64(seed)
 
 
-def check_row_keys(
-    n_rows: int | None, keys: ArrayLike, samples: ArrayLike
-) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """Return cell keys and sample numbers as contiguous uint64 arrays, one of each a row.
+def check_streams(n_rows: int | None, seed: int, keys: ArrayLike, samples: ArrayLike) -> Streams:
+    """Return the names of rows' streams as the words that kernels take.
 
     Parameters
     ----------
     n_rows : int or None
         How many rows there are; None takes the number of keys.
+    seed : int
+        From 0 to 2**64 - 1.
     keys, samples : array_like[n_rows], integer
         Cell key and sample number of every row.
 
     Returns
     -------
-    tuple of ndarray[n_rows], uint64
-        Keys and samples.
+    Streams
+        Its arrays are contiguous.
 
     Raises
     ------
     ConfigError
-        If the lengths differ or a value is negative or not an integer.
+        If the seed is out of range, lengths differ or a value is negative or not an integer.
     """
     words = []
     for name, values in (("keys", keys), ("samples", samples)):
@@ -206,7 +226,7 @@ def check_row_keys(
                 f"{name} have shape {array.shape} for {expected} rows", "pass one value a row"
             )
         words.append(np.ascontiguousarray(array, dtype=np.uint64))
-    return words[0], words[1]
+    return Streams(check_seed(seed), *words)
 
 
 def normal_noise(seed: int, keys: ArrayLike, samples: ArrayLike, n: int) -> NDArray[np.float32]:
@@ -232,15 +252,9 @@ def normal_noise(seed: int, keys: ArrayLike, samples: ArrayLike, n: int) -> NDAr
     ConfigError
         If seed, keys or samples are out of range, or their lengths differ.
     """
-    word = check_seed(seed)
-    key_words, sample_words = check_row_keys(None, keys, samples)
-    noise = np.empty((len(key_words), n), dtype=np.float32)
+    streams = check_streams(None, seed, keys, samples)
+    noise = np.empty((len(streams.keys), n), dtype=np.float32)
     # Below some thousand numbers a second thread costs more than it saves.
     pieces = spans(len(noise), min(4 * thread_count(), noise.size // 8192 + 1))
-    run_all(
-        [
-            partial(_fill_normal, word, key_words[a:b], sample_words[a:b], noise[a:b])
-            for a, b in pieces
-        ]
-    )
+    run_all([partial(_fill_normal, *streams.of(slice(a, b)), noise[a:b]) for a, b in pieces])
     return noise

@@ -31,7 +31,7 @@ from torch.nn import functional
 from rayvaec.errors import ConfigError
 from rayvaec.kernels import nb_loss_cpu, nb_loss_torch
 from rayvaec.kernels.csr import CsrCounts
-from rayvaec.kernels.nb_loss_terms import RATE_FLOOR, Gradients, Inputs
+from rayvaec.kernels.nb_loss_terms import RATE_FLOOR, Gradients, Inputs, with_row_bias
 
 __all__ = ["RATE_FLOOR", "VERSIONS", "nb_reconstruction"]
 
@@ -95,23 +95,22 @@ def nb_reconstruction(
     CountsError
         If `x` holds a negative count or a gene beyond n_genes.
     """
-    if row_bias is not None:
-        # A bias chosen by kind is the weight of the kind's one-hot code.
-        table, kind = row_bias
-        h = torch.cat((h, functional.one_hot(kind, len(table)).to(h.dtype)), 1)
-        weight = torch.cat((weight, table.t().to(weight.dtype)), 1)
+    h, weight = with_row_bias(h, weight, row_bias)
     inputs = Inputs(
         h, weight, bias, px_r, library.reshape(-1), x, cell_factor.reshape(-1), generative
     )
     _check_shapes(inputs)
-    version = version or _fastest(h)
+    return _evaluated(inputs, version or _fastest(h))
+
+
+def _evaluated(inputs: Inputs, version: str) -> tuple[Tensor, Tensor]:
     if version not in VERSIONS:
         raise ConfigError(f"version is {version!r}", f"choose one of {', '.join(VERSIONS)}")
     if version == "reference":
         reconstruction = _reference(inputs)
         return (inputs.factor.detach() * reconstruction).sum(), reconstruction.detach()
     evaluate = _FUSED[version]
-    leaves = (h, weight, bias, px_r)
+    leaves = inputs.h, inputs.weight, inputs.bias, inputs.px_r
     if not torch.is_grad_enabled() or not any(leaf.requires_grad for leaf in leaves):
         reconstruction, _ = evaluate(inputs, False)
         return inputs.factor @ reconstruction, reconstruction

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rayvaec.kernels.csr import CsrCounts
 
@@ -52,6 +54,29 @@ class Gradients(NamedTuple):
     weight: Tensor
     bias: Tensor
     px_r: Tensor
+
+
+def with_row_bias(
+    h: Tensor, weight: Tensor, row_bias: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Return h and weight with the biases in them that `nb_reconstruction` takes by kind.
+
+    Parameters
+    ----------
+    h, weight, row_bias
+        As there.
+
+    Returns
+    -------
+    h : Tensor[n_cells, n_hidden + n_kinds]
+    weight : Tensor[n_genes, n_hidden + n_kinds]
+    """
+    if row_bias is None:
+        return h, weight
+    # A bias chosen by kind is the weight of the kind's one-hot code.
+    table, kind = row_bias
+    codes = functional.one_hot(kind, len(table)).to(h.dtype)
+    return torch.cat((h, codes), 1), torch.cat((weight, table.t().to(weight.dtype)), 1)
 
 
 def chunk_rows(x: CsrCounts) -> int:

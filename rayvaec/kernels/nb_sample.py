@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from rayvaec.errors import ConfigError
 from rayvaec.kernels.gene_tables import GeneTables, gene_tables, refusal
-from rayvaec.kernels.keys import check_row_keys, check_seed
+from rayvaec.kernels.keys import Streams, check_streams
 from rayvaec.kernels.nb_sweep import (
     SPAN,
     Walk,
@@ -99,14 +99,9 @@ def draw_counts(
             f"rate has shape {rates.shape} and px_r {logits.shape}",
             "pass rate[n_rows, n_genes] and px_r[n_genes]",
         )
-    word = check_seed(seed)
-    row_keys, row_samples = check_row_keys(len(rates), keys, samples)
+    streams = check_streams(len(rates), seed, keys, samples)
     tables = gene_tables(logits, generative)
-
-    parts = draw_blocks(
-        partial(_transposed, rates), tables, word, row_keys, row_samples, TILE_GENES
-    )
-    return join_rows(parts)
+    return join_rows(draw_blocks(partial(_transposed, rates), tables, streams, TILE_GENES))
 
 
 def _transposed(rates: NDArray[np.float32], rows: slice) -> RatesOf:
@@ -123,12 +118,7 @@ def _transposed(rates: NDArray[np.float32], rows: slice) -> RatesOf:
 
 
 def draw_blocks(
-    rates_of: Callable[[slice], RatesOf],
-    tables: GeneTables,
-    seed: np.uint64,
-    keys: NDArray[np.uint64],
-    samples: NDArray[np.uint64],
-    tile_genes: int,
+    rates_of: Callable[[slice], RatesOf], tables: GeneTables, streams: Streams, tile_genes: int
 ) -> list[Draws]:
     """Draw rows whose rates are made piece by piece, in the threads that draw them.
 
@@ -139,10 +129,8 @@ def draw_blocks(
         float32[n_genes, LANES], a row a lane, 0 in the lanes beyond the rows.
     tables : GeneTables
         The genes.
-    seed : uint64
-        From `check_seed`.
-    keys, samples : ndarray[n_rows], uint64
-        From `check_row_keys`.
+    streams : Streams
+        Of the rows.
     tile_genes : int
         Genes whose rates are made at once, a multiple of `SPAN` or all of them. They are drawn from
         while they are in the core's own cache.
@@ -157,13 +145,13 @@ def draw_blocks(
     CountsError
         If a rate is out of bounds.
     """
-    n_rows, n_genes = len(keys), len(tables.limit)
+    n_rows, n_genes = len(streams.keys), len(tables.limit)
     tiles = [slice(a, min(a + tile_genes, n_genes)) for a in range(0, n_genes, tile_genes)]
 
     def block(start: int) -> Draws:
         rows = slice(start, min(start + LANES, n_rows))
         walk, make_rates = _own_walk(n_genes), rates_of(rows)
-        start_rows(walk, seed, keys[rows], samples[rows])
+        start_rows(walk, *streams.of(rows))
         for genes in tiles:
             rate = make_rates(genes)
             of_genes = tables.of(genes)

@@ -8,6 +8,7 @@ what a row becomes does not depend on the rows beside it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -35,19 +36,37 @@ RATE_BYTES = 64 * 2**20
 """Most bytes of rates decoded before they are drawn from."""
 
 
+@dataclass(frozen=True)
+class KeyedRows:
+    """Rows to be drawn: what they are decoded with beside z, and what names their random streams.
+
+    Parameters
+    ----------
+    library : Tensor[n_rows, 1], from `VAEC.library_of`
+    y, batch_index : Tensor[n_rows, 1]
+        Label and batch codes; batches None in models without.
+    seed : int
+        Seed of all draws.
+    keys, samples : NDArray[n_rows] of uint64
+        Key of each row's cell, and which of the cell's draws the row is.
+    """
+
+    library: Tensor
+    y: Tensor
+    batch_index: Tensor | None
+    seed: int
+    keys: NDArray[np.uint64]
+    samples: NDArray[np.uint64]
+
+    def of(self, rows: slice) -> KeyedRows:
+        """Return some of the rows."""
+        batch_index = None if self.batch_index is None else self.batch_index[rows]
+        tensors = self.library[rows], self.y[rows], batch_index
+        return KeyedRows(*tensors, self.seed, self.keys[rows], self.samples[rows])
+
+
 @torch.no_grad()
-def draw_rows(
-    module: VAEC,
-    loc: Tensor,
-    scale: Tensor,
-    library: Tensor,
-    y: Tensor,
-    batch_index: Tensor | None,
-    *,
-    seed: int,
-    keys: NDArray[np.uint64],
-    samples: NDArray[np.uint64],
-) -> Draws:
+def draw_rows(module: VAEC, loc: Tensor, scale: Tensor, rows: KeyedRows) -> Draws:
     """Draw z from N(loc, scale) and counts given z.
 
     Parameters
@@ -56,23 +75,17 @@ def draw_rows(
         The model, in evaluation mode.
     loc, scale : Tensor[n_rows, n_latent]
         Mean and standard deviation of z.
-    library : Tensor[n_rows, 1], from `VAEC.library_of`
-    y, batch_index : Tensor[n_rows, 1]
-        Label and batch codes.
-    seed : int
-        Seed of all draws.
-    keys, samples : NDArray[n_rows]
-        Key of each row's cell, and which of the cell's draws the row is.
+    rows : KeyedRows
 
     Returns
     -------
     Draws
         Counts of n_rows x n_input.
     """
-    noise = torch.from_numpy(normal_noise(seed, keys, samples, loc.shape[1])).to(loc.device)
-    z = loc + scale * noise
+    keyed = normal_noise(rows.seed, rows.keys, rows.samples, loc.shape[1])
+    z = loc + scale * torch.from_numpy(keyed).to(loc.device)
     draw = draw_fused if z.device.type == "cpu" else draw_decoded_blocks
-    return draw(module, z, library, y, batch_index, seed=seed, keys=keys, samples=samples)
+    return draw(module, z, rows)
 
 
 def draw_posterior(module: VAEC, tensors: Mapping[str, Tensor], n_samples: int) -> Draws:
@@ -101,10 +114,7 @@ def draw_posterior(module: VAEC, tensors: Mapping[str, Tensor], n_samples: int) 
     inferred = module.inference(tensors["X"], y, batch_index=batch_index)
     n_cells, qz = len(y), inferred["qz"]
     cell = torch.arange(n_cells).repeat_interleave(n_samples)
-    return draw_rows(
-        module,
-        qz.loc[cell],
-        qz.scale[cell],
+    rows = KeyedRows(
         inferred["library"][cell],
         y[cell],
         None if batch_index is None else batch_index[cell],
@@ -112,19 +122,10 @@ def draw_posterior(module: VAEC, tensors: Mapping[str, Tensor], n_samples: int) 
         keys=position_keys(0, n_cells)[cell.numpy()],
         samples=np.tile(np.arange(n_samples, dtype=np.uint64), n_cells),
     )
+    return draw_rows(module, qz.loc[cell], qz.scale[cell], rows)
 
 
-def draw_fused(
-    module: VAEC,
-    z: Tensor,
-    library: Tensor,
-    y: Tensor,
-    batch_index: Tensor | None,
-    *,
-    seed: int,
-    keys: NDArray[np.uint64],
-    samples: NDArray[np.uint64],
-) -> Draws:
+def draw_fused(module: VAEC, z: Tensor, rows: KeyedRows) -> Draws:
     """Draw counts given z on the CPU, with the decoder's last product inside the kernel.
 
     Parameters and result as in `draw_rows`, with z, Tensor[n_rows, n_latent], drawn.
@@ -133,19 +134,18 @@ def draw_fused(
 
     @torch.no_grad()  # a setting per thread
     def group(start: int, stop: int) -> list[Draws]:
-        rows = slice(start, stop)
-        batches = None if batch_index is None else batch_index[rows]
+        own = rows.of(slice(start, stop))
         return draw_decoded(
-            module.decoder_hidden(z[rows], y[rows], batches, BLOCK_ROWS),
+            module.decoder_hidden(z[start:stop], own.y, own.batch_index, BLOCK_ROWS),
             module.output.weight,
             module.output.bias,
             module.px_r,
-            library[rows],
-            seed,
-            keys[rows],
-            samples[rows],
+            own.library,
+            own.seed,
+            own.keys,
+            own.samples,
             generative=module.config.generative,
-            row_bias=None if biases is None else (biases, y[rows].reshape(-1).long()),
+            row_bias=None if biases is None else (biases, own.y.reshape(-1).long()),
         )
 
     n_blocks = -(-len(z) // BLOCK_ROWS)
@@ -156,17 +156,7 @@ def draw_fused(
 
 
 @torch.no_grad()
-def draw_decoded_blocks(
-    module: VAEC,
-    z: Tensor,
-    library: Tensor,
-    y: Tensor,
-    batch_index: Tensor | None,
-    *,
-    seed: int,
-    keys: NDArray[np.uint64],
-    samples: NDArray[np.uint64],
-) -> Draws:
+def draw_decoded_blocks(module: VAEC, z: Tensor, rows: KeyedRows) -> Draws:
     """Draw counts given z: decode on the device of the model, draw on the CPU.
 
     Parameters and result as in `draw_fused`; counts may differ where a rate is rounded otherwise.
@@ -179,25 +169,13 @@ def draw_decoded_blocks(
     for start in range(0, n_rows, group):
         stop = min(start + group, n_rows)
         for first in range(start, stop, BLOCK_ROWS):
-            rows = slice(first, min(first + BLOCK_ROWS, stop))
-            decoded = decode_block(
-                module,
-                z[rows],
-                library[rows],
-                y[rows],
-                None if batch_index is None else batch_index[rows],
-            )
-            rate[first - start : rows.stop - start] = decoded.cpu().numpy()
-        parts.append(
-            draw_counts(
-                rate[: stop - start],
-                px_r,
-                seed,
-                keys[start:stop],
-                samples[start:stop],
-                generative=module.config.generative,
-            )
-        )
+            block = slice(first, min(first + BLOCK_ROWS, stop))
+            own = rows.of(block)
+            decoded = decode_block(module, z[block], own.library, own.y, own.batch_index)
+            rate[first - start : block.stop - start] = decoded.cpu().numpy()
+        words = rows.seed, rows.keys[start:stop], rows.samples[start:stop]
+        form = module.config.generative
+        parts.append(draw_counts(rate[: stop - start], px_r, *words, generative=form))
     return join_rows(parts)
 
 

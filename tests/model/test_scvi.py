@@ -15,7 +15,7 @@ import rayvaec
 from rayvaec.errors import ModelError, StoreError
 from rayvaec.kernels.csr import CsrCounts
 from rayvaec.kernels.keys import position_keys
-from rayvaec.model.draws import draw_rows
+from rayvaec.model.draws import KeyedRows, draw_rows
 from rayvaec.model.scvi import ImportedModel, export_condscvi, import_condscvi, import_model
 from rayvaec.model.unpickle import read_pickle
 from rayvaec.model.vaec import VAEC
@@ -145,12 +145,9 @@ def test_the_published_model_knows_its_own_cells(shared):
     torch.manual_seed(0)
     y, z = torch.randint(12, (n_cells, 1)), torch.randn(n_cells, 5)
     library = module.library_of(torch.full((n_cells, 1), 1800.0))
-    counts = draw_rows(
-        *(module, z, torch.zeros_like(z), library, y, None),
-        seed=0,
-        keys=position_keys(0, n_cells),
-        samples=np.zeros(n_cells, np.uint64),
-    )
+    keys, samples = position_keys(0, n_cells), np.zeros(n_cells, np.uint64)
+    rows = KeyedRows(library, y, None, 0, keys, samples)
+    counts = draw_rows(module, z, torch.zeros_like(z), rows)
     x = CsrCounts.from_numpy(counts.indptr, counts.indices, counts.counts, 1888)
     with torch.no_grad():
         found = module.encode(x, y).loc

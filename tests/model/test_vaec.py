@@ -11,7 +11,7 @@ from torch.distributions import Normal
 from rayvaec.errors import ConfigError, CountsError, ModelError
 from rayvaec.kernels.csr import CsrCounts
 from rayvaec.kernels.keys import position_keys
-from rayvaec.model.draws import draw_decoded_blocks, draw_fused
+from rayvaec.model.draws import KeyedRows, draw_decoded_blocks, draw_fused
 from rayvaec.model.losses import kl_to_standard_normal
 from rayvaec.model.vaec import VAEC, LossOutput, LossRecorder
 
@@ -314,13 +314,14 @@ def test_draws_on_a_device_are_those_of_the_fused_kernel(generative):
     z = torch.randn(n_rows, 5, generator=torch.Generator().manual_seed(0))
     library = torch.full((n_rows, 1), 40.0)
     y = torch.arange(n_rows)[:, None] % 3
-    keyed = {"keys": position_keys(0, n_rows), "samples": np.zeros(n_rows, np.uint64)}
+    keys, samples = position_keys(0, n_rows), np.zeros(n_rows, np.uint64)
+    rows = KeyedRows(library, y, None, 1, keys, samples)
     dense = []
     for draw in (draw_fused, draw_decoded_blocks):
-        draws = draw(module, z, library, y, None, seed=1, **keyed)
-        rows = np.repeat(np.arange(n_rows), np.diff(draws.indptr))
+        draws = draw(module, z, rows)
+        row = np.repeat(np.arange(n_rows), np.diff(draws.indptr))
         counts = np.zeros((n_rows, 30), np.int64)
-        counts[rows, draws.indices] = draws.counts
+        counts[row, draws.indices] = draws.counts
         dense.append(counts)
     # The two round rates differently, which may move a draw here and there.
     assert np.mean((dense[0] == dense[1]).all(1)) > 0.95
