@@ -20,12 +20,12 @@ from rayvaec.infer.cells import Cells
 from rayvaec.infer.trained import TrainedModel
 from rayvaec.serve.bodies import Sent, unpack
 from rayvaec.serve.h5ad.sandbox import Sandbox
-from rayvaec.serve.h5ad.writing import write_h5ad
+from rayvaec.serve.h5ad.writing import check_writable, write_h5ad
 from rayvaec.serve.limits import Limits
 from rayvaec.serve.merge import Merger, stopping
 from rayvaec.serve.requests import Reader
 from rayvaec.serve.tasks import Task
-from rayvaec.serve.wire import END_OF_STREAM, stream_start
+from rayvaec.serve.wire import END_OF_STREAM, H5AD, stream_start
 from rayvaec.serve.work import Job, run_jobs
 
 MERGED_ROWS = 8192
@@ -147,7 +147,10 @@ class Service:
 
         def read() -> Task:
             body = unpack(sent, self.model.registry, self.limits, self._threads.sandbox)
-            return reader(body, self.model, self.limits)
+            task = reader(body, self.model, self.limits)
+            if sent.answer == H5AD:
+                check_writable(task.about)
+            return task
 
         return await self._threads.aside(read)
 

@@ -139,6 +139,18 @@ def test_another_hdf5_is_undecodable(http, whole):
         assert response.json()["error"] == "undecodable"
 
 
+def test_names_that_an_h5ad_cannot_hold_are_refused_in_one(http, trained):
+    new = {**json.loads(NEW), "cell_ids": ["a", "b\0c"]}
+    cells = {"indptr": [0, 1], "indices": [0], "counts": [1]}
+    genes = [*trained.registry.genes, "b\0c"]  # reported as one that the model lacks
+    given = {"cells": cells, "labels": ["type_0"], "genes": genes}
+    for route, request in (("generate", new), ("latent", given)):
+        assert http.post(f"/v1/{route}", json=request).status_code == 200
+        response = http.post(f"/v1/{route}", json=request, headers={"Accept": H5AD})
+        assert response.status_code == 422
+        assert r"the name 'b\x00c' has a NUL in it" in response.json()["detail"]
+
+
 def test_arrow_columns_of_other_types_are_named(http):
     cells = {"label": ["type_0"], "gene": [[0]], "count": [["4"]]}
     new = {"label": ["type_0"], "library": ["50"]}

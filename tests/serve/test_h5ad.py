@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import re
+import signal
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -358,6 +361,12 @@ def test_a_damaged_file_is_read_or_refused(sandbox, whole, data):
     else:
         status, _ = 200, decode_cells(stream, 4 * MEGABYTE)
     assert status in (200, 400, 413, 422)
+
+
+def test_a_file_that_leads_the_sandbox_in_circles_is_given_up():
+    script = "import rayvaec.serve.h5ad.worker as w; w._allow_seconds(0.1)\nwhile True: pass"
+    done = subprocess.run([sys.executable, "-c", script], timeout=60)
+    assert done.returncode == -signal.SIGXCPU
 
 
 def test_a_file_that_kills_the_sandbox_costs_its_sender_alone(sandbox, whole):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import encodings.ascii
 import encodings.latin_1  # noqa: F401 - both are opened when first used, which is too late here
 import io
+import math
 import os
 import resource
 import sys
@@ -25,6 +26,9 @@ from rayvaec.serve.wire.common import first_line
 
 _MEMORY_FACTOR = 8
 """Of what a file may take decompressed: the body, what is read, and its copies as Arrow."""
+
+_SECONDS, _BYTES_PER_SECOND = 2, 2**24
+"""What a file may take of a CPU, and the slowest that reading is."""
 
 
 def main() -> None:
@@ -50,7 +54,15 @@ def serve(source: BinaryIO, target: BinaryIO, max_bytes: int) -> None:
         Most memory that what is read of a file may take.
     """
     while (request := receive(source)) is not None:
+        _allow_seconds(_SECONDS + max_bytes / _BYTES_PER_SECOND)
         send(target, *_answer(*request, max_bytes))
+
+
+def _allow_seconds(seconds: float) -> None:
+    """End this process after so much more work: a damaged file can lead HDF5 in circles."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    most = math.ceil(used.ru_utime + used.ru_stime + seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (most, resource.RLIM_INFINITY))
 
 
 def _answer(request: dict[str, Any], body: bytes, max_bytes: int) -> tuple[dict[str, Any], bytes]:

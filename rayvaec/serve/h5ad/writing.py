@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import h5py
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayvaec.data.registry import Registry
+from rayvaec.errors import RequestError
 from rayvaec.infer.cells import Cells
 
 
@@ -35,6 +37,29 @@ class Annotation:
     names: Sequence[str | None] | None
     columns: NDArray[np.int64] | None
     facts: Mapping[str, Any]
+
+
+def check_writable(about: Annotation) -> None:
+    """Refuse names that an h5ad file cannot hold.
+
+    Parameters
+    ----------
+    about : Annotation
+        Of the answer's rows and columns.
+
+    Raises
+    ------
+    RequestError
+        422 if a name of a cell, or of a gene that is reported, has a NUL in it.
+    """
+    lists = [fact for fact in about.facts.values() if isinstance(fact, list)]
+    for name in chain(about.names or (), *lists):
+        if "\0" in str(name):
+            raise RequestError(
+                f"the name {str(name)[:60]!r} has a NUL in it, which HDF5's strings cannot hold",
+                "name it otherwise, or take the answer as Arrow or JSON",
+                *(422, "invalid_request"),
+            )
 
 
 def write_h5ad(
