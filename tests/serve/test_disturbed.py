@@ -110,11 +110,23 @@ def test_a_killed_replica_costs_no_client_an_answer(
 def test_a_redeployment_under_load_fails_no_request(
     endpoint: Endpoint, adata: anndata.AnnData, trained: TrainedModel
 ) -> None:
+    def ask_for_much(_: int) -> np.ndarray:
+        with Client(endpoint.url, retries=0, timeout=60) as client:
+            return client.sample(adata, n_samples=10_000, seed=1, reduce=["mean"]).layers["mean"]
+
     wait_until_healthy()
-    with load(endpoint, adata, trained.sample(adata, 20, 3), retries=0) as right:
+    with (
+        load(endpoint, adata, trained.sample(adata, 20, 3), retries=0) as right,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        # Work of a second, which no replica has done when it is told to go.
+        much = pool.map(ask_for_much, range(4))
+        time.sleep(0.3)
         endpoint.deploy(timeout_s=21.0)
         with Client(endpoint.url) as client:
             wait_for(lambda: client.model()["limits"]["timeout_s"] == 21.0)
+        first, *others = much
+        assert all(np.array_equal(first, other) for other in others)
         seen = len(right)
         wait_for(lambda: len(right) > seen + 30)
     assert all(right)
