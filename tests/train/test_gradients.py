@@ -49,7 +49,11 @@ for step in range(20):
         results = [torch.empty_like(result) for _ in range(3)]
         dist.all_gather(results, result)
         assert all((other == result).all() for other in results)
-        module.weight.grad.mul_(0)  # as clipping does: the others must not see it
+        if rank == 0:
+            module.weight.grad.mul_(0)  # as clipping does: the others must not see it
+        dist.barrier()
+        if rank > 0:
+            assert (module.weight.grad.flatten() == result[:15]).all()
 if rank == 2:
     os._exit(0)  # without a word
 for add in (shared, without):
