@@ -222,9 +222,13 @@ def undisturbed(chaos_store: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             (out / "checkpoints").mkdir(parents=True)
             given = {"store": str(chaos_store), "run": str(out), "settings": settings}
             ranks = [
-                subprocess.Popen([sys.executable, GLOO_WORKER, json.dumps({**given, **each})])
-                for each in ({"rank": i, "world_size": num_workers} for i in range(num_workers))
+                subprocess.Popen([sys.executable, GLOO_WORKER], stdin=subprocess.PIPE, text=True)
+                for _ in range(num_workers)
             ]
+            for i, rank in enumerate(ranks):
+                assert rank.stdin is not None
+                with rank.stdin as jobs:
+                    jobs.write(json.dumps({**given, "rank": i, "world_size": num_workers}))
             assert [rank.wait(200) for rank in ranks] == [0] * num_workers
             runs[key] = Run(out)
         return runs[key]
