@@ -19,12 +19,16 @@ from torch import Tensor
 
 from rayvaec.compiled import compiled
 from rayvaec.kernels.csr import CsrCounts, checked_arrays, tile_places
-from rayvaec.kernels.special import add_scaled, add_scaled_4
 from rayvaec.kernels.threads import run_all, spans, thread_count, threads_for
+from rayvaec.kernels.vectors import PRODUCT_WIDTH, address, gathers, scatters
 
 _F = np.float32
 _TABLE = np.log1p(np.arange(256, dtype=np.float64)).astype(np.float32)
 _TILE_GENES = 512  # 256 KiB of a weight with 128 outputs: a tile stays in a core's own cache
+
+_PANEL = 8 * PRODUCT_WIDTH  # columns whose sums stay in registers over a row's non-zeros
+_gather_panel, _gather, _gather_one = gathers(8), gathers(1), gathers(1, 1)
+_scatter_panel, _scatter, _scatter_one = scatters(8), scatters(1), scatters(1, 1)
 
 _workspace = threading.local()
 
@@ -51,21 +55,22 @@ def _forward(
     out: NDArray[Any],
 ) -> None:
     """Add every row's weighted sum of `columns` to `out`, tile of genes by tile."""
+    width = columns.shape[1]
+    vectors = width // PRODUCT_WIDTH * PRODUCT_WIDTH
+    panels = vectors // _PANEL * _PANEL
     for tile in range(places.shape[1] - 1):
         for row in range(len(out)):
             first, last = places[row, tile], places[row, tile + 1]
-            fours = first + (last - first) // 4 * 4
-            for i in range(first, fours, 4):
-                add_scaled_4(
-                    out[row],
-                    columns[np.uint32(indices[i])],
-                    columns[np.uint32(indices[i + 1])],
-                    columns[np.uint32(indices[i + 2])],
-                    columns[np.uint32(indices[i + 3])],
-                    values[i : i + 4],
+            genes, factors, n = address(indices, first), address(values, first), last - first
+            total = row * width
+            for g in range(0, panels, _PANEL):
+                _gather_panel(
+                    address(columns, g), width, genes, factors, n, address(out, total + g)
                 )
-            for i in range(fours, last):
-                add_scaled(out[row], columns[np.uint32(indices[i])], values[i])
+            for g in range(panels, vectors, PRODUCT_WIDTH):
+                _gather(address(columns, g), width, genes, factors, n, address(out, total + g))
+            for g in range(vectors, width):
+                _gather_one(address(columns, g), width, genes, factors, n, address(out, total + g))
 
 
 @compiled
@@ -80,9 +85,22 @@ def _backward(
 ) -> None:
     """Set the gradient of one tile's columns of the weight, a row each."""
     columns[:] = _F(0.0)
+    width = columns.shape[1]
+    vectors = width // PRODUCT_WIDTH * PRODUCT_WIDTH
+    panels = vectors // _PANEL * _PANEL
     for row in range(len(grad_out)):
-        for i in range(places[row, tile], places[row, tile + 1]):
-            add_scaled(columns[np.uint32(indices[i] - first)], grad_out[row], values[i])
+        start, stop = places[row, tile], places[row, tile + 1]
+        genes, factors, n = address(indices, start), address(values, start), stop - start
+        source, origin = row * width, -first * width
+        for g in range(0, panels, _PANEL):
+            at = address(columns, origin + g)
+            _scatter_panel(at, width, genes, factors, n, address(grad_out, source + g))
+        for g in range(panels, vectors, PRODUCT_WIDTH):
+            at = address(columns, origin + g)
+            _scatter(at, width, genes, factors, n, address(grad_out, source + g))
+        for g in range(vectors, width):
+            at = address(columns, origin + g)
+            _scatter_one(at, width, genes, factors, n, address(grad_out, source + g))
 
 
 class SparseProducts:
@@ -138,11 +156,13 @@ class SparseProducts:
 
         Parameters
         ----------
-        out : NDArray[n_rows, n_out]
+        out : NDArray[n_rows, n_out], C-contiguous
         columns : NDArray[n_genes, n_out], from `columns`
         rows : slice
             Of the cells.
         """
+        if not out.flags.c_contiguous:  # its rows are addressed in memory
+            raise ValueError(f"out with strides {out.strides} is not C-contiguous")
         _forward(self._places[rows], self._indices, self._values, columns, out)
 
     def gradient_into(self, grad_out: NDArray[np.float32], grad: Tensor) -> None:
@@ -155,6 +175,7 @@ class SparseProducts:
         grad : Tensor[n_out, n_in], n_in >= n_genes
             Columns beyond the genes stay as they are.
         """
+        grad_out = np.ascontiguousarray(grad_out)  # its rows are addressed in memory
 
         def tile(number: int, first: int, last: int) -> None:
             kept = getattr(_workspace, "tile", None)

@@ -208,21 +208,6 @@ def add_scaled(total: NDArray[Any], values: NDArray[Any], factor: np.float32) ->
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)
-def add_scaled_4(
-    total: NDArray[Any],
-    a: NDArray[Any],
-    b: NDArray[Any],
-    c: NDArray[Any],
-    d: NDArray[Any],
-    factors: NDArray[Any],
-) -> None:
-    """Do what four calls of `add_scaled` do, reading and writing `total` once."""
-    f0, f1, f2, f3 = factors[0], factors[1], factors[2], factors[3]
-    for g in range(len(total)):
-        total[g] = (((total[g] + f0 * a[g]) + f1 * b[g]) + f2 * c[g]) + f3 * d[g]
-
-
-@njit(nogil=True, error_model="numpy", fastmath=FAST)
 def product_into(
     out: NDArray[Any], u: NDArray[Any], v: NDArray[Any], factor: np.float32, total: NDArray[Any]
 ) -> None:

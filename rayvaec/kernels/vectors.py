@@ -5,7 +5,7 @@ comparison. Where that decides the speed, the innermost step is written here in 
 compiles to what the machine has, for every width of vector.
 
 Kernels of other modules inline these functions, and numba's cache looks at the calling file only:
-after a change here, touch nb_sweep.py and decoded_draws.py.
+after a change here, touch nb_sweep.py, decoded_draws.py and sparse_products.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WIDTH = 16
 """Lanes that `advance` takes at once; `PRODUCT_WIDTH` divides it."""
 
 PRODUCT_WIDTH = 16 if binding.get_host_cpu_features().get("avx512f") else 8
-"""Lanes that a function of `chains` takes at once."""
+"""Lanes that a function of `chains`, `gathers` or `scatters` takes at once."""
 
 # As numba types it, what it returns still wants the two contexts as arguments.
 intrinsic: Any = extending.intrinsic
@@ -121,8 +121,6 @@ def _multiply(
     builder: Any, n_genes: int, weight: Any, n_hidden: Any, lanes: Any, n_lanes: Any, out: Any
 ) -> None:
     vector = ir.VectorType(_FLOAT, PRODUCT_WIDTH)
-    kind, name = ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{PRODUCT_WIDTH}f32"
-    multiply_add = cgutils.get_or_insert_function(builder.module, kind, name)
     sums = [cgutils.alloca_once_value(builder, vector(None)) for _ in range(n_genes)]
 
     def of_row(base: Any, row: Any) -> Any:
@@ -134,9 +132,118 @@ def _multiply(
         for gene, total in enumerate(sums):
             at = builder.add(builder.mul(n_hidden.type(gene), n_hidden), loop.index)
             factor = _spread(builder, builder.load(builder.gep(weight, [at])), vector)
-            builder.store(builder.call(multiply_add, [factor, part, builder.load(total)]), total)
+            builder.store(_multiply_add(builder, factor, part, builder.load(total)), total)
     for gene, total in enumerate(sums):
         builder.store(builder.load(total), of_row(out, n_hidden.type(gene)), align=4)
+
+
+def gathers(n_vectors: int, lanes: int = PRODUCT_WIDTH) -> Any:
+    """Make the function that adds weighted rows of a matrix to a total kept in registers.
+
+    Parameters
+    ----------
+    n_vectors : int
+        Vectors that it takes of every row.
+    lanes : int
+        Columns of a vector.
+
+    Returns
+    -------
+    callable
+        For numba; takes a pointer to the first column in matrix[., width], float32, the width,
+        pointers to rows[n] (int) and factors[n] (float32), n, and a pointer to total (float32).
+    """
+
+    @intrinsic
+    def gather(
+        typing_context: Any, matrix: Any, width: Any, rows: Any, factors: Any, n: Any, total: Any
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            matrix, width, rows, factors, n, total = arguments
+            sums = _registers(builder, n_vectors, lanes, total)
+            with cgutils.for_range(builder, n) as loop:
+                row = _row_at(builder, matrix, width, rows, loop.index)
+                factor = _factor_at(builder, lanes, factors, loop.index)
+                for k, kept in enumerate(sums):
+                    part = builder.load(_vector_at(builder, lanes, row, k), align=4)
+                    builder.store(_multiply_add(builder, factor, part, builder.load(kept)), kept)
+            for k, kept in enumerate(sums):
+                builder.store(builder.load(kept), _vector_at(builder, lanes, total, k), align=4)
+            return context.get_dummy_value()
+
+        return types.void(matrix, types.intp, rows, factors, types.intp, total), generate
+
+    return gather
+
+
+def scatters(n_vectors: int, lanes: int = PRODUCT_WIDTH) -> Any:
+    """Make the function that adds one row, kept in registers and weighted, to rows of a matrix.
+
+    Parameters
+    ----------
+    n_vectors, lanes : int
+        As in `gathers`.
+
+    Returns
+    -------
+    callable
+        For numba; as that of `gathers`, with a pointer to the row in place of the total.
+    """
+
+    @intrinsic
+    def scatter(
+        typing_context: Any, matrix: Any, width: Any, rows: Any, factors: Any, n: Any, source: Any
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            matrix, width, rows, factors, n, source = arguments
+            parts = _registers(builder, n_vectors, lanes, source)
+            with cgutils.for_range(builder, n) as loop:
+                row = _row_at(builder, matrix, width, rows, loop.index)
+                factor = _factor_at(builder, lanes, factors, loop.index)
+                for k, kept in enumerate(parts):
+                    at = _vector_at(builder, lanes, row, k)
+                    total = builder.load(at, align=4)
+                    total = _multiply_add(builder, factor, builder.load(kept), total)
+                    builder.store(total, at, align=4)
+            return context.get_dummy_value()
+
+        return types.void(matrix, types.intp, rows, factors, types.intp, source), generate
+
+    return scatter
+
+
+def _registers(builder: Any, n_vectors: int, lanes: int, pointer: Any) -> list[Any]:
+    """Return variables that hold consecutive vectors from memory; LLVM keeps them in registers."""
+    loaded = [
+        builder.load(_vector_at(builder, lanes, pointer, k), align=4) for k in range(n_vectors)
+    ]
+    return [cgutils.alloca_once_value(builder, vector) for vector in loaded]
+
+
+def _vector_at(builder: Any, lanes: int, pointer: Any, number: int) -> Any:
+    """Return a pointer to one of consecutive vectors."""
+    at = builder.gep(pointer, [_INT(number * lanes)])
+    return builder.bitcast(at, ir.VectorType(_FLOAT, lanes).as_pointer())
+
+
+def _row_at(builder: Any, matrix: Any, width: Any, rows: Any, number: Any) -> Any:
+    """Return a pointer into the row of a matrix whose number stands in `rows`."""
+    row = builder.load(builder.gep(rows, [number]))
+    if row.type.width < width.type.width:
+        row = builder.zext(row, width.type)
+    return builder.gep(matrix, [builder.mul(row, width)])
+
+
+def _factor_at(builder: Any, lanes: int, factors: Any, number: Any) -> Any:
+    """Return a vector filled with one of `factors`."""
+    factor = builder.load(builder.gep(factors, [number]))
+    return _spread(builder, factor, ir.VectorType(_FLOAT, lanes))
+
+
+def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """Return a * b + c, rounded once."""
+    kind, name = ir.FunctionType(a.type, [a.type] * 3), f"llvm.fma.v{a.type.count}f32"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [a, b, c])
 
 
 def _spread(builder: Any, value: Any, vector: Any) -> Any:

@@ -25,7 +25,7 @@ def evaluate(x, weight, bias, outer, log1p):
 
 @pytest.mark.parametrize("log1p", [True, False])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-6), (torch.float64, 1e-14)])
-@pytest.mark.parametrize(("n_genes", "n_out", "extra"), [(57, 20, 3), (64, 1, 0), (5, 33, 7)])
+@pytest.mark.parametrize(("n_genes", "n_out", "extra"), [(57, 150, 3), (64, 1, 0), (5, 33, 7)])
 def test_values_and_gradients_of_the_dense_product(
     make_counts, dtype, limit, n_genes, n_out, extra, log1p
 ):

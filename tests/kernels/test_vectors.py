@@ -9,7 +9,16 @@ from numba import carray, njit
 
 from rayvaec.kernels import vectors
 from rayvaec.kernels.nb_walk import LANES
-from rayvaec.kernels.vectors import WIDTH, address, advance, chains, lowest_bit, prefetch
+from rayvaec.kernels.vectors import (
+    WIDTH,
+    address,
+    advance,
+    chains,
+    gathers,
+    lowest_bit,
+    prefetch,
+    scatters,
+)
 
 UNTOUCHED = np.float32(-7)
 
@@ -107,6 +116,46 @@ def test_the_order_of_a_sum_and_its_rounding_are_fixed(product, row, total):
     out = np.empty((n_genes, width), np.float32)
     into(weight, 0, lanes, 0, out)
     np.testing.assert_array_equal(out, np.float32(total))
+
+
+@pytest.fixture(scope="module", params=[(1, 1), (1, 8), (3, 16)], ids=str)
+def rows_of_a_matrix(request):
+    """Columns that are taken, and what adds rows to a total, and a row to rows."""
+    n_vectors, lanes = request.param
+    gather, scatter = gathers(n_vectors, lanes), scatters(n_vectors, lanes)
+
+    @njit
+    def add_rows(matrix, column, rows, factors, first, total):
+        at, n, to = address(matrix, column), len(rows) - first, address(total, column)
+        gather(at, matrix.shape[1], address(rows, first), address(factors, first), n, to)
+
+    @njit
+    def add_to_rows(matrix, column, rows, factors, first, source):
+        at, n, of = address(matrix, column), len(rows) - first, address(source, column)
+        scatter(at, matrix.shape[1], address(rows, first), address(factors, first), n, of)
+
+    return n_vectors * lanes, add_rows, add_to_rows
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.int64])
+@pytest.mark.parametrize("n", [0, 1, 30])
+def test_rows_are_added_in_order_and_columns_beside_stay(rows_of_a_matrix, kind, n):
+    taken, add_rows, add_to_rows = rows_of_a_matrix
+    factors, matrix = _operands(1, 2 + n, taken + 5)
+    rng, factors, column = np.random.default_rng(n), factors[0], 3
+    rows = rng.integers(0, len(matrix), 2 + n).astype(kind)  # some of them more than once
+    total, own = rng.normal(size=taken + 5).astype(np.float32), slice(column, column + taken)
+    expected, scattered = total.copy(), matrix.copy()
+    chain = np.concatenate([total[None, own], matrix[rows[2:], own]])
+    expected[own] = _one_by_one(np.append(np.float32(1), factors[2:])[None], chain)[0]
+    for row, factor in zip(rows[2:], factors[2:], strict=True):
+        pair = np.stack([scattered[row, own], total[own]])
+        scattered[row, own] = _one_by_one(np.array([[1, factor]], np.float32), pair)[0]
+    found = total.copy()
+    add_rows(matrix, column, rows, factors, 2, found)
+    np.testing.assert_array_equal(found, expected)
+    add_to_rows(matrix, column, rows, factors, 2, total)
+    np.testing.assert_array_equal(matrix, scattered)
 
 
 def test_vectors_fill_the_lanes_of_a_block():
