@@ -128,3 +128,19 @@ def test_what_does_not_fit_is_refused(make_counts):
     beyond = x._replace(indices=x.indices.int() + 20)
     with pytest.raises(CountsError, match="is outside 0 to 19"):
         sparse_linear(beyond, torch.ones(8, 20), None, log1p=True)
+
+
+def test_only_memory_in_order_is_addressed(make_counts):
+    x = make_counts(41, 57)
+    products = module.SparseProducts(x, log1p=False)
+    columns, outer = (
+        products.columns(torch.randn(20, 57)),
+        np.random.default_rng(0).random((41, 20)),
+    )
+    outer = outer.astype(np.float32)
+    straight, turned = torch.zeros(20, 57), torch.zeros(20, 57)
+    products.gradient_into(outer, straight)
+    products.gradient_into(np.asfortranarray(outer), turned)
+    assert torch.equal(straight, turned)
+    with pytest.raises(ValueError, match="not C-contiguous"):
+        products.add_to(np.zeros((20, 41), np.float32).T, columns, slice(0, 41))
