@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from rayvaec.errors import ConfigError
 
 REMOTE_AHEAD = 8
 """Minibatches ahead, and threads, at least, where those wait for a network and not for a core."""
+
+
+T = TypeVar("T")
 
 
 class Loader:
@@ -179,9 +183,7 @@ class Loader:
         )
 
 
-def prefetched(
-    produce: Callable[[int], Minibatch], steps: range, depth: int
-) -> Iterator[Minibatch]:
+def prefetched(produce: Callable[[int], T], steps: range, depth: int) -> Iterator[T]:
     """Yield ``produce(step)`` for every step, computed in order and ahead in one thread."""
     with ThreadPoolExecutor(1, thread_name_prefix="rayvaec-loader") as thread:
         coming = deque(thread.submit(produce, step) for step in steps[:depth])

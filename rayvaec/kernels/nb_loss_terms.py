@@ -13,8 +13,8 @@ from rayvaec.kernels.csr import CsrCounts
 RATE_FLOOR = 1e-30
 """Smallest total count (softplus form) or mean (softmax form) at a count above zero."""
 
-CHUNK_ENTRIES = {"cpu": 1 << 23, "cuda": 1 << 26}
-"""Cells x genes that are worked on at a time, by device: 32 MiB and 256 MiB of float32."""
+CHUNK_ENTRIES = {"cpu": 1 << 23, "cuda": 1 << 28}
+"""Cells x genes that are worked on at a time, by device: 32 MiB and 1 GiB of float32."""
 
 
 class Inputs(NamedTuple):

@@ -7,6 +7,7 @@ float64 (lgamma(x+r) - lgamma(r) cancels where r is large), and two products bac
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,21 +48,36 @@ def evaluate(inputs: Inputs, want_gradients: bool) -> tuple[Tensor, Gradients | 
         return reconstruction, grads if want_gradients else None
 
 
-class _Entries:
-    """The counts above zero of one chunk, in float64 where they are computed with."""
+class _Entries(NamedTuple):
+    """The stored counts of one chunk, in float64 where they are computed with.
 
-    def __init__(self, cells: Tensor, genes: Tensor, counts: Tensor) -> None:
-        above = counts > 0
-        self.cells = cells[above]
-        self.genes = genes[above]
-        self.counts = counts[above].double()
+    Stored zeros stay: all that is computed of one is 0, and to leave them out the host would have
+    to know how many there are, for which it would wait for the GPU.
+    """
+
+    cells: Tensor
+    genes: Tensor
+    counts: Tensor
+
+    def dense(self, values: Tensor, like: Tensor) -> Tensor:
+        """Return a value an entry as a matrix, 0 elsewhere.
+
+        Sums of its rows and columns have the same bits each time. Adding values up where they
+        belong would not: on a GPU they arrive in any order.
+        """
+        matrix = torch.zeros_like(like)
+        matrix[self.cells, self.genes] = values.to(like.dtype)
+        return matrix
 
 
 def _chunks(inputs: Inputs) -> Iterator[tuple[slice, _Entries]]:
-    """Yield the rows of every chunk and its non-zeros, with cells counted from the first row."""
+    """Yield the rows of every chunk and its entries, with cells counted from the first row."""
     x = inputs.x
-    cells, genes, counts = x.cells(), x.indices.to(torch.int64), x.counts.to(torch.int64)
+    cells, genes, counts = x.cells(), x.indices.to(torch.int64), x.counts.double()
     height = chunk_rows(x)
+    if height >= x.n_cells:  # nothing to look up on the device, and so no wait for it
+        yield slice(0, x.n_cells), _Entries(cells, genes, counts)
+        return
     starts = [*range(0, x.n_cells, height), x.n_cells]
     bounds = x.indptr[torch.tensor(starts, device=x.device)].tolist()
     for i, start in enumerate(starts[:-1]):
@@ -76,51 +92,48 @@ def _softplus_terms(
     inputs: Inputs, rows: slice, entries: _Entries, a: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss[n], gradient of the sum with respect to a[n, n_genes] and px_r[n_genes]."""
-    library, factor, logits = inputs.library[rows], inputs.factor[rows], inputs.px_r
+    library, factor = inputs.library[rows].to(a), inputs.factor[rows]
+    logits = inputs.px_r
     scale, slope = functional.softplus(a), torch.sigmoid(a)
     log_q = functional.softplus(logits)  # -log(1-p)
-    loss = library * (scale @ log_q)
-    weighted = (factor * library)[:, None]
-    grad_a = weighted * slope * log_q
-    grad_px_r = torch.sigmoid(logits) * (weighted * scale).sum(0)
+    weighted = factor * library
+    grad_a = weighted[:, None] * slope * log_q
 
-    c, g, x = entries.cells, entries.genes, entries.counts
+    c, g, x = entries
     r = (library[c].double() * scale[c, g].double()).clamp_min(RATE_FLOOR)
     value, ratio = _bracket(r, x)
     value += x * functional.logsigmoid(logits.double())[g]
-    loss = loss.double().index_add_(0, c, -value).to(a.dtype)
-    grad_a[c, g] -= ((weighted[c, 0] * slope[c, g]).double() * ratio).to(a.dtype)
-    outer = -factor[c].double() * x * torch.sigmoid(-logits.double())[g]
-    return loss, grad_a, grad_px_r.double().index_add_(0, g, outer).to(a.dtype)
+    grad_a[c, g] -= ((weighted[c] * slope[c, g]).double() * ratio).to(a.dtype)
+    loss = library * (scale @ log_q) - entries.dense(value, a).sum(1)
+    grad_px_r = torch.sigmoid(logits) * (weighted @ scale)
+    grad_px_r -= torch.sigmoid(-logits) * (factor @ entries.dense(x, a))
+    return loss, grad_a, grad_px_r
 
 
 def _softmax_terms(
     inputs: Inputs, rows: slice, entries: _Entries, a: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss[n], gradient of the sum with respect to a[n, n_genes] and px_r[n_genes]."""
-    library, factor = inputs.library[rows], inputs.factor[rows][:, None]
+    library, factor = inputs.library[rows].to(a), inputs.factor[rows]
     theta = torch.exp(inputs.px_r)
     share = torch.softmax(a, 1)
     mu = library[:, None] * share
     odds = mu / theta
     log_odds, p = torch.log1p(odds), odds / (1 + odds)
-    loss = log_odds @ theta
     # With respect to log mu first; softmax's own derivative comes last.
-    grad = factor * theta * p
+    grad = factor[:, None] * theta * p
     # log1p(t) - t/(1+t) cancels where t is small.
     small = odds * odds * (0.5 - odds * (2 / 3 - 0.75 * odds))
-    grad_px_r = theta * (factor * torch.where(odds < 0.01, small, log_odds - p)).sum(0)
+    from_theta = theta * torch.where(odds < 0.01, small, log_odds - p)
 
-    c, g, x = entries.cells, entries.genes, entries.counts
+    c, g, x = entries
     t, m = theta.double()[g], mu[c, g].double().clamp_min(RATE_FLOOR)
     value, ratio = _bracket(t, x)
     value += x * torch.log(m / (t + m))
-    loss = loss.double().index_add_(0, c, -value).to(a.dtype)
     part = t * x / (t + m)
-    weight = factor[c, 0].double()
-    grad[c, g] -= (weight * part).to(a.dtype)
-    outer = -weight * (t * ratio - part)
-    grad_px_r = grad_px_r.double().index_add_(0, g, outer).to(a.dtype)
+    grad[c, g] -= (factor[c].double() * part).to(a.dtype)
+    loss = log_odds @ theta - entries.dense(value, a).sum(1)
+    grad_px_r = factor @ (from_theta - entries.dense(t * ratio - part, a))
     return loss, grad - share * grad.sum(1, keepdim=True), grad_px_r
 
 

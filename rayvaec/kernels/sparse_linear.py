@@ -118,8 +118,11 @@ class _DenseChunks(torch.autograd.Function):
         ctx.weight, ctx.beside, ctx.x, ctx.log1p = weight, beside, x, log1p
         out = weight.new_empty(x.n_cells, len(weight))
         columns = weight[:, : x.n_genes].t()
+        ctx.only_chunk = None
         for rows, dense in _dense_chunks(x, log1p, weight.dtype):
             torch.mm(dense, columns, out=out[rows])
+            if len(dense) == x.n_cells:
+                ctx.only_chunk = dense
         if beside is not None:
             out.addmm_(beside, _beside_columns(weight, beside, x.n_genes).t())
         return out
@@ -128,7 +131,11 @@ class _DenseChunks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         grad = torch.zeros_like(ctx.weight)
-        for rows, dense in _dense_chunks(ctx.x, ctx.log1p, grad.dtype):
+        if ctx.only_chunk is None:
+            chunks = _dense_chunks(ctx.x, ctx.log1p, grad.dtype)
+        else:
+            chunks = iter([(slice(None), ctx.only_chunk)])
+        for rows, dense in chunks:
             grad[:, : ctx.x.n_genes].addmm_(grad_out[rows].t(), dense)
         return *_finish_gradient(ctx, grad, grad_out), None, None
 
@@ -137,11 +144,16 @@ def _dense_chunks(x: CsrCounts, log1p: bool, dtype: torch.dtype) -> Iterator[tup
     height = chunk_rows(x)
     for start in range(0, x.n_cells, height):
         stop = min(start + height, x.n_cells)
-        first, last = x.indptr[start], x.indptr[stop]
-        part = x._replace(
-            indptr=x.indptr[start : stop + 1] - first,
-            indices=x.indices[first:last],
-            counts=x.counts[first:last],
-        )
-        dense = part.to_dense(dtype)
+        dense = _rows(x, start, stop).to_dense(dtype)
         yield slice(start, stop), dense.log1p_() if log1p else dense
+
+
+def _rows(x: CsrCounts, start: int, stop: int) -> CsrCounts:
+    if stop - start == x.n_cells:  # to look up where they begin would be to wait for the device
+        return x
+    first, last = x.indptr[start], x.indptr[stop]
+    return x._replace(
+        indptr=x.indptr[start : stop + 1] - first,
+        indices=x.indices[first:last],
+        counts=x.counts[first:last],
+    )

@@ -47,7 +47,7 @@ class VAECNetwork(nn.Module):
         super().__init__()
         self.config = config
         weights = [1.0] * config.n_labels if config.ct_weight is None else config.ct_weight
-        self.register_buffer("ct_weight", torch.tensor(weights, dtype=torch.float32))
+        self.register_buffer("ct_weight", torch.tensor(weights, dtype=torch.get_default_dtype()))
         self.px_r = nn.Parameter(torch.randn(config.n_input))
         if self.is_softplus:
             self._build_softplus()

@@ -347,8 +347,8 @@ class VAEC(VAECNetwork):
         y: Tensor,
         batch_index: Tensor | None = None,
         *,
-        kl_weight: float = 1.0,
-        divisor: float | None = None,
+        kl_weight: float | Tensor = 1.0,
+        divisor: float | Tensor | None = None,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
     ) -> LossOutput:
@@ -362,11 +362,11 @@ class VAEC(VAECNetwork):
             Raw counts of n_cells x n_input.
         y, batch_index : Tensor[n_cells, 1]
             Label and batch codes.
-        kl_weight : float
+        kl_weight : float or Tensor[]
             Weight of the Kullback-Leibler term.
-        divisor : float, optional
-            What the sum over cells is divided by; their number by default. A worker that holds
-            a share of a global minibatch gives the share that makes the averaged gradient exact.
+        divisor : float or Tensor[n_cells], optional
+            What the sum over cells, or each cell's part, is divided by; their number by default.
+            A worker that holds a share of a global minibatch gives the size of the whole.
         generator : torch.Generator, optional
             Source of z's noise; torch's global one by default.
         noise : Tensor[n_noise, n_cells, n_latent], optional
@@ -380,7 +380,7 @@ class VAEC(VAECNetwork):
         if noise is None:
             shape = (self.n_noise, x.n_cells, self.config.n_latent)
             noise = torch.randn(shape, generator=generator, device=self.px_r.device)
-        factor = self._cell_weight(y) / (divisor or x.n_cells)
+        factor = self._cell_weight(y) / (x.n_cells if divisor is None else divisor)
         z, kl_sum, kl_local = self._draw(x, y, batch_index, noise, factor)
         weighted_sum, reconstruction = self.reconstruction(z, x, y, batch_index, factor)
         return LossOutput(weighted_sum + kl_weight * kl_sum, reconstruction, kl_local)

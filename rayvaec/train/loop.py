@@ -12,29 +12,28 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from rayvaec.data.loader import Loader, Minibatch
+from rayvaec.data.loader import Loader
 from rayvaec.data.names import listing
 from rayvaec.data.store import open_store
+from rayvaec.data.window import Minibatch
 from rayvaec.errors import RayvaecError
-from rayvaec.kernels.threads import single_threaded_torch
 from rayvaec.location import Location
+from rayvaec.model.vaec import VAEC
 from rayvaec.train.artefacts import save_best, save_last
 from rayvaec.train.checkpoint import RunState, checkpoint_name, read_checkpoint, write_checkpoint
 from rayvaec.train.config import TrainConfig
-from rayvaec.train.gradients import GradientSum, share_parameters
+from rayvaec.train.device_steps import DeviceSteps
+from rayvaec.train.gradients import share_parameters
 from rayvaec.train.metrics import append_record, cut_records, write_progress
-from rayvaec.train.noise import CellNoise
 from rayvaec.train.ranks import Ranks
-from rayvaec.train.replica import Replica, as_tensors, build_module
+from rayvaec.train.replica import build_module
 from rayvaec.train.schedule import kl_weight, learning_rate
+from rayvaec.train.staging import StepNumbers
+from rayvaec.train.steps import HostSteps, NotFiniteError, Steps
 from rayvaec.train.validation import validation_elbo
 
 CLOCK_STEPS = 16
@@ -99,10 +98,9 @@ class TrainLoop:
         self.loader = _loader(self.config, self.store, ranks)
         self.state = self._restore()
         share_parameters(self.module, ranks)
-        self._sum_gradients = GradientSum(self.module, ranks)
-        self.noise = CellNoise(self.config.seed, self.module)
-        self.model = Replica(self.module)
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        # On a device a step reads its rates there, and must be able to be replayed.
+        kind = HostSteps if ranks.device.type == "cpu" else DeviceSteps
+        self.steps: Steps = kind(self.module, self.optimizer, self.config, self._numbers, ranks)
         self._waited = 0.0
         self._began = self._epoch_began = self._last_checkpoint = self._last_progress = 0.0
 
@@ -119,8 +117,8 @@ class TrainLoop:
         RayvaecError
             If loss or gradient stop being finite; the last good model is kept.
         """
-        self.model.train()
-        self._warm_up()
+        self.module.train()
+        self.steps.warm_up(self.store)
         now = time.monotonic()
         self._began, self._last_checkpoint = now - self.state.seconds, now
         if self.ranks.is_first:
@@ -151,59 +149,36 @@ class TrainLoop:
         state = self.state
         self._waited, asked = 0.0, time.monotonic()
         self._epoch_began = asked - state.epoch_seconds
-        for minibatch in self.loader.epoch(state.epoch, start_step=state.epoch_step):
+        minibatches = self.loader.epoch(state.epoch, start_step=state.epoch_step)
+        for minibatch, beside in self.steps.minibatches(minibatches, state.step):
             self._waited += time.monotonic() - asked
-            with single_threaded_torch():
-                loss = self._step(minibatch)
-            if state.epoch_step < self.loader.steps_per_epoch:
-                self._between_steps(loss, minibatch.n_global)
+            try:
+                self._step(minibatch, beside)
+            except NotFiniteError as error:
+                self._give_up(error)
             asked = time.monotonic()
 
-    def _step(self, minibatch: Minibatch) -> Tensor:
-        """Take one step; return this worker's sum of the loss over its cells."""
-        state, config = self.state, self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._rate(state.step) * group["relative_lr"]
-        self.optimizer.zero_grad(set_to_none=True)
-        loss, per_cell = self._loss(minibatch, minibatch.cells, minibatch.n_global)
-        loss.backward()
-        norm = get_total_norm(self._sum_gradients())
-        # The summed gradient is the same on every worker, so that all of them stop here or none.
-        if not math.isfinite(norm):
-            self._give_up(minibatch, per_cell)
-        if config.gradient_clip is not None and norm > config.gradient_clip:
-            clip_grads_with_norm_(self.module.parameters(), config.gradient_clip, norm)
-        self.optimizer.step()
+    def _step(self, minibatch: Minibatch, beside: Any) -> None:
+        state = self.state
+        self.steps.take(minibatch, beside)
         state.step += 1
         state.epoch_step += 1
         state.epoch_cells += minibatch.n_global
-        own_sum = loss.detach().double() * minibatch.n_global
-        self._loss_sum += own_sum
-        return own_sum
+        if state.epoch_step < self.loader.steps_per_epoch:
+            self._between_steps(minibatch.n_global)
+        else:
+            self.steps.check()
 
-    def _loss(self, rows: Any, cells: NDArray[np.int64], n_global: int) -> tuple[Tensor, Tensor]:
-        step = self.state.step
-        tensors, noise = as_tensors(rows, self.module), self.noise.at(step, cells)
-        loss, per_cell = self.model(*tensors, noise, self._kl(step), n_global)
-        return loss, per_cell
-
-    def _warm_up(self) -> None:
-        """Compute a gradient and forget it: kernels are compiled before the clock runs."""
-        cells = np.arange(min(self.config.batch_size, self.store.n_train))
-        with single_threaded_torch():
-            loss, _ = self._loss(self.store.read(0, len(cells)), cells, len(cells))
-            loss.backward()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def _between_steps(self, loss: Tensor, n_global: int) -> None:
+    def _between_steps(self, n_global: int) -> None:
         """Log, show progress and take a checkpoint where one of them is due."""
         state, config, now = self.state, self.config, time.monotonic()
         if config.log_steps and state.step % config.log_steps == 0:
-            self._log_step(self.ranks.sums(float(loss))[0] / n_global)
+            self._log_step(self.ranks.sums(self.steps.last_loss())[0] / n_global)
         if self.ranks.is_first and now - self._last_progress >= PROGRESS_SECONDS:
             self._show_progress()
         by_step = bool(config.checkpoint_steps) and state.step % (config.checkpoint_steps or 1) == 0
         if by_step or state.step % CLOCK_STEPS == 0:
+            self.steps.check()
             by_time = now - self._last_checkpoint >= config.checkpoint_seconds
             if self.ranks.decision((by_step or by_time) and not self.sink.busy()):
                 self._checkpoint()
@@ -272,8 +247,7 @@ class TrainLoop:
         """Bring the epoch's time, and its loss summed over all workers, up to date."""
         state = self.state
         state.epoch_seconds = time.monotonic() - self._epoch_began
-        state.loss_sum += self.ranks.sums(float(self._loss_sum))[0]
-        self._loss_sum.zero_()
+        state.loss_sum += self.ranks.sums(self.steps.loss_sum())[0]
 
     def _checkpoint(self) -> None:
         if self.state.epoch_step:
@@ -287,19 +261,21 @@ class TrainLoop:
         self.sink.put(folder, name, {"epoch": self.state.epoch, "step": self.state.step})
         self._last_checkpoint = time.monotonic()
 
-    def _give_up(self, minibatch: Minibatch, per_cell: Tensor) -> None:
+    def _give_up(self, error: NotFiniteError) -> NoReturn:
         """Raise the error that names the step and the cells, on every worker alike."""
-        bad = minibatch.cells[~torch.isfinite(per_cell).cpu().numpy()]
-        cells = sorted(int(cell) for share in self.ranks.gather(bad.tolist()) for cell in share)
-        step, state = self.state.step + 1, self.state
+        cells = sorted(cell for share in self.ranks.gather(error.cells) for cell in share)
+        epoch = self.state.epoch
         if self.ranks.is_first and all(p.isfinite().all() for p in self.module.parameters()):
-            record = {"epoch": state.epoch, "step": state.step, "val_elbo": None}
+            record = {"epoch": epoch, "step": error.step, "val_elbo": None}
             save_last(self.task.run, self.module, self.store, self.config, record)
         names = [self.store.obs_names(cell, cell + 1)[0] for cell in cells[:3]]
         what = f"the loss of {len(cells)} cells ({listing(names)})" if cells else "the gradient"
         raise RayvaecError(
-            f"{what} stopped being finite at step {step}, in epoch {state.epoch + 1}", _ADVICE
+            f"{what} stopped being finite at step {error.step + 1}, in epoch {epoch + 1}", _ADVICE
         )
+
+    def _numbers(self, step: int) -> StepNumbers:
+        return StepNumbers(step, self._rate(step), self._kl(step))
 
     def _rate(self, step: int) -> float:
         return learning_rate(self.config, step, self._total_steps)
@@ -318,7 +294,7 @@ _ADVICE = (
 )
 
 
-def _adam(module: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def _adam(module: VAEC, config: TrainConfig) -> torch.optim.Adam:
     """Return the optimiser; checkpoints number its parameters as the module names them."""
     groups: list[dict[str, Any]] = []
     for name, parameter in module.named_parameters():
@@ -332,6 +308,7 @@ def _adam(module: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer
         eps=config.eps,
         weight_decay=config.weight_decay,
         fused=True,
+        capturable=module.px_r.is_cuda,
     )
 
 

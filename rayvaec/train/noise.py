@@ -7,6 +7,7 @@ workers goes on as if it had not.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,13 @@ from rayvaec.kernels.keys import normal_noise, stream_keys, uniform
 from rayvaec.model.vaec import VAEC
 from rayvaec.train.schedule import noise_seed
 
-_DROPOUT = np.uint64(0x64726F70)
-_LEVELS = 2**16
-_BITS = np.uint64(_LEVELS - 1)
+DROPOUT = np.uint64(0x64726F70)
+DROPOUT_LEVELS = 2**16
+"""Rates of dropout are rounded to one of so many."""
+_BITS = np.uint64(DROPOUT_LEVELS - 1)
 _SHIFTS = (np.uint64(0), np.uint64(16), np.uint64(32))
+
+DrawMask = Callable[[int, int, float], NDArray[np.float32] | Tensor]
 
 
 class CellNoise:
@@ -39,7 +43,7 @@ class CellNoise:
     def __init__(self, seed: int, module: VAEC) -> None:
         self._seed, self._module = noise_seed(seed, "noise"), module
         self._step, self._cells = 0, np.empty(0, np.int64)
-        _replace_dropout(module, self)
+        replace_dropout(module, self.mask)
 
     def at(self, step: int, cells: NDArray[np.int64]) -> Tensor:
         """Go to a step and its cells.
@@ -76,34 +80,34 @@ class CellNoise:
         NDArray[n_cells, width] of float32
             0, or one over the share that stays.
         """
-        dropped = round(rate * _LEVELS)
+        dropped = round(rate * DROPOUT_LEVELS)
         mask = np.empty((len(self._cells), width), np.float32)
-        keep = np.float32(_LEVELS / (_LEVELS - dropped))
+        keep = np.float32(DROPOUT_LEVELS / (DROPOUT_LEVELS - dropped))
         words = np.uint64(self._seed + layer), np.uint64(self._step)
         _fill_mask(*words, self._cells.astype(np.uint64), np.uint64(dropped), keep, mask)
         return mask
 
 
 class CellDropout(nn.Module):
-    """Dropout that draws from a `CellNoise`.
+    """Dropout that is drawn by cell.
 
     Parameters
     ----------
-    noise : CellNoise
-        The source.
+    draw : callable
+        Draws the mask of a layer: `CellNoise.mask`, or one of the same arguments.
     layer : int
         Number of this layer in the model.
     rate : float
         Share of units to drop.
     """
 
-    def __init__(self, noise: CellNoise, layer: int, rate: float) -> None:
+    def __init__(self, draw: DrawMask, layer: int, rate: float) -> None:
         super().__init__()
-        self._draw, self.layer, self.rate = noise.mask, layer, rate
+        self._draw, self.layer, self.rate = draw, layer, rate
 
     def mask(self, x: Tensor) -> Tensor:
         """Return what Tensor[n_cells, width] is multiplied by, 0 in units that are dropped."""
-        return torch.from_numpy(self._draw(self.layer, x.shape[-1], self.rate)).to(x.device)
+        return torch.as_tensor(self._draw(self.layer, x.shape[-1], self.rate), device=x.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """Drop units of Tensor[n_cells, width], while training."""
@@ -135,7 +139,21 @@ def latent_noise(module: VAEC, seed: int, cells: NDArray[np.int64], step: int) -
     return by_cell.transpose(0, 1).to(module.px_r.device)
 
 
-def _replace_dropout(module: nn.Module, noise: CellNoise) -> None:
+def replace_dropout(module: nn.Module, draw: DrawMask) -> list[float]:
+    """Replace the dropout layers of a model by ones that are drawn by cell.
+
+    Parameters
+    ----------
+    module : Module
+        Is changed in place.
+    draw : callable
+        As in `CellDropout`.
+
+    Returns
+    -------
+    list of float
+        The rate of each layer that was replaced, by its number.
+    """
     layers = [
         (parent, name, child)
         for parent in module.modules()
@@ -143,7 +161,8 @@ def _replace_dropout(module: nn.Module, noise: CellNoise) -> None:
         if isinstance(child, nn.Dropout) and child.p > 0
     ]
     for number, (parent, name, child) in enumerate(layers):
-        parent.add_module(name, CellDropout(noise, number, child.p))
+        parent.add_module(name, CellDropout(draw, number, child.p))
+    return [child.p for _, _, child in layers]
 
 
 @compiled
@@ -158,7 +177,7 @@ def _fill_mask(
     """Take three 16-bit numbers from every random word; those below `dropped` drop a unit."""
     width = mask.shape[1]
     for row in range(mask.shape[0]):
-        k0, k1 = stream_keys(_DROPOUT, seed, cells[row], step)
+        k0, k1 = stream_keys(DROPOUT, seed, cells[row], step)
         for first in range(0, width, 3):
             word = np.uint64(uniform(k0, k1, np.uint64(first)) * 2.0**48)
             for i in range(min(3, width - first)):

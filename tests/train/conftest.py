@@ -21,6 +21,9 @@ SMALL = {"batch_size": 64, "n_hidden": 16, "max_epochs": 3, "log_steps": 5}
 """Settings that make training on the small store take about a second."""
 
 
+ALONE = Ranks()
+
+
 @pytest.fixture(scope="session")
 def small_settings() -> dict[str, Any]:
     return dict(SMALL)
@@ -28,14 +31,16 @@ def small_settings() -> dict[str, Any]:
 
 @pytest.fixture
 def make_loop(store_path: Path, tmp_path: Path) -> Callable[..., TrainLoop]:
-    """Make a one-worker loop; keyword arguments are settings, and ``run``, ``dies_at``."""
+    """Make a loop of one worker; other keyword arguments are settings."""
 
-    def make(run: str = "run", dies_at: str = "", **settings: Any) -> TrainLoop:
+    def make(
+        run: str = "run", dies_at: str = "", ranks: Ranks = ALONE, **settings: Any
+    ) -> TrainLoop:
         folder = tmp_path / run
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         config = TrainConfig.from_json({**SMALL, **settings})
         task = Task(store_path, folder, config)
-        return TrainLoop(task, Ranks(), FolderSink(folder / "checkpoints", dies_at))
+        return TrainLoop(task, ranks, FolderSink(folder / "checkpoints", dies_at))
 
     return make
 

@@ -4,9 +4,12 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from rayvaec.data.store import open_store
 from rayvaec.errors import RayvaecError
@@ -14,6 +17,8 @@ from rayvaec.model.saved import read_model
 from rayvaec.train import loop as loop_module
 from rayvaec.train.loop import TrainLoop
 from rayvaec.train.metrics import read_epochs, read_records
+from rayvaec.train.staging import StepNumbers
+from rayvaec.train.steps import HostSteps
 
 MakeLoop = Callable[..., TrainLoop]
 
@@ -158,18 +163,21 @@ def test_a_loss_that_is_not_finite_names_step_and_cells(
     make_loop: MakeLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop = make_loop()
-    compute = loop._loss
+    assert isinstance(loop.steps, HostSteps)
+    compute = loop.steps._loss
     poisoned: list[str] = []
 
-    def poison(rows: object, cells: object, n_global: int) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, per_cell = compute(rows, cells, n_global)
-        if loop.state.step == 20:
+    def poison(
+        rows: Any, cells: NDArray[np.int64], n_global: int, numbers: StepNumbers
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, per_cell = compute(rows, cells, n_global, numbers)
+        if numbers.step == 20:
             per_cell[3] = math.nan
             poisoned.extend(loop.store.obs_names(cells[3], cells[3] + 1))
             loss = loss * math.nan
         return loss, per_cell
 
-    monkeypatch.setattr(loop, "_loss", poison)
+    monkeypatch.setattr(loop.steps, "_loss", poison)
     with pytest.raises(RayvaecError) as caught:
         loop.run()
     assert f"the loss of 1 cells ({poisoned[0]}) stopped being finite at step 21" in str(

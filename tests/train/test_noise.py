@@ -56,7 +56,7 @@ def test_units_are_dropped_at_the_rate_and_the_mean_stays(rate: float) -> None:
 def test_dropout_is_off_outside_training() -> None:
     noise = CellNoise(0, module())
     noise.at(0, np.arange(3))
-    layer, x = CellDropout(noise, 0, 0.5), torch.ones(3, 32)
+    layer, x = CellDropout(noise.mask, 0, 0.5), torch.ones(3, 32)
     assert set(layer(x).unique().tolist()) == {0.0, 2.0}
     assert torch.equal(layer.eval()(x), x)
 

@@ -1,0 +1,264 @@
+"""Training steps on a GPU, replayed as CUDA graphs.
+
+A step is some four hundred small operations. To launch them one by one takes several times as long
+as to compute them; a graph is launched at once. What a graph holds has fixed shapes and addresses
+and never waits for the host, and so
+
+- minibatches are filled up to one shape (`rayvaec.train.staging`),
+- noise is drawn on the device (`rayvaec.train.device_noise`),
+- rates and weights are read from the device,
+- a gradient that is not finite stops all updates from there on, on the device. The host looks
+  some steps later, and finds the model as it was before that step.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rayvaec.data.store import Store
+from rayvaec.data.window import Minibatch
+from rayvaec.model.vaec import VAEC
+from rayvaec.train.config import TrainConfig
+from rayvaec.train.device_noise import DeviceNoise
+from rayvaec.train.ranks import Ranks
+from rayvaec.train.staging import DeviceRows, Layout, Staged, Staging
+from rayvaec.train.steps import NotFiniteError, Numbers
+
+EAGER_STEPS = 3
+"""Steps before a graph is made: libraries and allocator get what they need, Adam its moments."""
+NO_STEP = -1
+
+
+class DeviceSteps:
+    """Steps of a worker with a GPU.
+
+    Parameters
+    ----------
+    module : VAEC
+        The model, on the device.
+    optimizer : Adam
+        Fused and capturable, of its parameters, in groups with a ``relative_lr``.
+    config : TrainConfig
+        Gives seed and clipping.
+    numbers : callable
+        Tells rate and weights of a step.
+    ranks : Ranks
+        This worker and the others.
+    """
+
+    def __init__(
+        self,
+        module: VAEC,
+        optimizer: torch.optim.Adam,
+        config: TrainConfig,
+        numbers: Numbers,
+        ranks: Ranks,
+    ) -> None:
+        self._module, self._optimizer, self._config = module, optimizer, config
+        self._numbers, self._ranks = numbers, ranks
+        self._noise = DeviceNoise(config.seed, module)
+        self._staging = Staging(ranks.device)
+        self._stream = torch.cuda.Stream(ranks.device) if ranks.device.type == "cuda" else None
+        self._gradient = _flat_gradient(module)
+        self._bookkeeping = _Bookkeeping(ranks.device, optimizer)
+        self._program: _Program | None = None
+
+    def warm_up(self, store: Store) -> None:
+        """Do nothing: the first steps are taken without a graph."""
+
+    def minibatches(
+        self, minibatches: Iterator[Minibatch], first: int
+    ) -> Iterator[tuple[Minibatch, Staged]]:
+        """Send minibatches ahead."""
+        return self._staging.staged(minibatches, first, self._numbers)
+
+    def take(self, minibatch: Minibatch, beside: Staged) -> None:
+        """Have one step taken in the background; what is wrong with it, `check` will say."""
+        program = self._program
+        if program is None or beside.layout != program.layout:
+            program = self._program = self._program_for(beside.layout)
+        with _on(self._stream):
+            beside.block.take(program.block)
+            program.compute()
+            if self._ranks.world_size > 1:
+                dist.all_reduce(self._gradient)
+            program.update()
+
+    def check(self) -> None:
+        """Wait for the steps taken so far, and raise what is wrong with one."""
+        if self._stream is not None:
+            self._stream.synchronize()
+        self._bookkeeping.check()
+
+    def last_loss(self) -> float:
+        """Return the sum of the loss over this worker's cells of the last step."""
+        self.check()
+        return float(self._bookkeeping.own_sum)
+
+    def loss_sum(self) -> float:
+        """Return the sum over its cells of all steps since the last call."""
+        self.check()
+        total = float(self._bookkeeping.loss_sum)
+        self._bookkeeping.loss_sum.zero_()
+        return total
+
+    def _program_for(self, layout: Layout) -> _Program:
+        block = torch.empty(layout.n_bytes, dtype=torch.uint8, device=self._ranks.device)
+        rows = layout.rows(block)
+        self._bookkeeping.size(layout.n_rows)
+        return _Program(
+            layout,
+            block,
+            _Replayed(partial(self._set_gradient, rows), self._stream),
+            _Replayed(partial(self._set_weights, rows), self._stream),
+        )
+
+    def _set_gradient(self, rows: DeviceRows) -> None:
+        self._gradient.zero_()
+        noise = self._noise.at(rows.step, rows.cells)
+        conditioned = self._module.config.n_batch > 1
+        kl_weight = rows.rates[1]
+        output = self._module.minibatch_loss(
+            rows.x,
+            rows.labels,
+            rows.batches if conditioned else None,
+            kl_weight=kl_weight,
+            divisor=rows.divisor,
+            noise=noise,
+        )
+        output.loss.backward()
+        per_cell = output.reconstruction_loss + kl_weight * output.kl_local
+        self._bookkeeping.note(rows, output.loss.detach(), per_cell.detach())
+
+    def _set_weights(self, rows: DeviceRows) -> None:
+        norm = torch.linalg.vector_norm(self._gradient)
+        self._bookkeeping.judge(rows, norm)
+        clip = self._config.gradient_clip
+        if clip is not None:
+            self._gradient.mul_((clip / (norm + 1e-6)).clamp_max(1.0))
+        for group in self._optimizer.param_groups:
+            group["lr"].copy_(rows.rates[0] * group["relative_lr"])
+        self._optimizer.step()
+
+
+class _Bookkeeping:
+    """What the device remembers of steps.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where.
+    optimizer : Adam
+        Is made to leave all parameters alone once a step has failed.
+    """
+
+    def __init__(self, device: torch.device, optimizer: torch.optim.Adam) -> None:
+        self.own_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        # Adam's kernel reads this and the rates in float32, whatever the parameters are.
+        self._failed = torch.zeros((), dtype=torch.float32, device=device)
+        self._step = torch.full((1,), NO_STEP, device=device)
+        self.size(1)
+        # torch's name for what automatic mixed precision uses to the same end.
+        optimizer.found_inf = self._failed  # type: ignore[attr-defined]
+        for group in optimizer.param_groups:
+            group["lr"] = torch.zeros((), dtype=torch.float32, device=device)
+
+    def size(self, n_rows: int) -> None:
+        """Make room for minibatches of so many rows."""
+        device = self.own_sum.device
+        self._per_cell = torch.zeros(n_rows, device=device)
+        self._bad_losses = torch.zeros(n_rows, device=device)
+        self._bad_cells = torch.zeros(n_rows, dtype=torch.int64, device=device)
+
+    def note(self, rows: DeviceRows, loss: Tensor, per_cell: Tensor) -> None:
+        """Note the loss of a minibatch, and of its cells."""
+        self.own_sum.copy_(loss.double() * rows.rates[2].double())
+        self.loss_sum.add_(self.own_sum)
+        self._per_cell.copy_(torch.where(rows.divisor.isfinite(), per_cell, 0))
+
+    def judge(self, rows: DeviceRows, norm: Tensor) -> None:
+        """Note where the gradient of a step is the first that is not finite."""
+        first = (self._failed == 0) & ~norm.isfinite()
+        self._bad_losses.copy_(torch.where(first, self._per_cell, self._bad_losses))
+        self._bad_cells.copy_(torch.where(first, rows.cells, self._bad_cells))
+        self._step.copy_(torch.where(first, rows.step, self._step))
+        self._failed.add_(first)
+
+    def check(self) -> None:
+        """Raise NotFiniteError if a step has failed."""
+        step = int(self._step)
+        if step != NO_STEP:
+            raise NotFiniteError(step, self._bad_cells[~self._bad_losses.isfinite()].tolist())
+
+
+class _Replayed:
+    """A function that is run a few times as it is, and replayed as a CUDA graph from then on.
+
+    Parameters
+    ----------
+    function : callable
+        Reads and writes the same memory each time.
+    stream : Stream, optional
+        Where it runs; None on a CPU, where nothing is replayed.
+    """
+
+    def __init__(self, function: Callable[[], None], stream: torch.cuda.Stream | None) -> None:
+        self._function, self._stream = function, stream
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._eager_runs = 0
+
+    def __call__(self) -> None:
+        """Run or replay, on the stream."""
+        if self._graph is not None:
+            self._graph.replay()
+            return
+        self._function()
+        self._eager_runs += 1
+        if self._stream is not None and self._eager_runs == EAGER_STEPS:
+            self._capture()
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads send minibatches meanwhile.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                self._function()
+        except RuntimeError as error:
+            first_line = str(error).splitlines()[0]
+            warnings.warn(f"steps are not replayed as a CUDA graph: {first_line}", stacklevel=2)
+            return
+        self._graph = graph
+
+
+class _Program(NamedTuple):
+    """Steps on minibatches of one layout: what computes gradients, and what changes weights."""
+
+    layout: Layout
+    block: Tensor
+    compute: _Replayed
+    update: _Replayed
+
+
+def _flat_gradient(module: VAEC) -> Tensor:
+    """Give every parameter a part of one tensor as its gradient; return the whole."""
+    parameters = list(module.parameters())
+    sizes = [parameter.numel() for parameter in parameters]
+    flat = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
+    for parameter, part in zip(parameters, flat.split(sizes), strict=True):
+        parameter.grad = part.view_as(parameter)
+    return flat
+
+
+def _on(stream: torch.cuda.Stream | None) -> torch.cuda.StreamContext:
+    """Return a context in which work goes to a stream, after what was asked for before."""
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+    return torch.cuda.stream(stream)

@@ -1,0 +1,149 @@
+"""Steps as a GPU takes them: on a CPU, in float64, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rayvaec.data.window import Minibatch
+from rayvaec.errors import RayvaecError
+from rayvaec.model.saved import read_model
+from rayvaec.train import loop as loop_module
+from rayvaec.train.device_steps import DeviceSteps
+from rayvaec.train.loop import TrainLoop
+from rayvaec.train.metrics import read_epochs
+from rayvaec.train.ranks import Ranks
+from rayvaec.train.staging import Staged
+
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+MakeLoop = Callable[..., TrainLoop]
+
+
+@pytest.fixture
+def in_float64() -> Iterator[None]:
+    """Have models computed by torch's own operations, as on a GPU, and far more exactly."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def device_loop(
+    make_loop: MakeLoop, monkeypatch: pytest.MonkeyPatch, *run: str, **settings: Any
+) -> TrainLoop:
+    with monkeypatch.context() as patched:
+        patched.setattr(loop_module, "HostSteps", DeviceSteps)
+        loop = make_loop(*run, **settings)
+    assert isinstance(loop.steps, DeviceSteps)
+    return loop
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return read_model(run / "last").module.state_dict()
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gradient_clip": 1.0, "weight_obs": True, "weight_decay": 1e-3, "kl_warmup_epochs": 2.0},
+        {"generative": "softmax", "prior": "mog", "use_batches": True},
+    ],
+)
+def test_they_are_the_steps_of_the_host(
+    make_loop: MakeLoop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    make_loop("host", max_epochs=2, **settings).run()
+    device_loop(make_loop, monkeypatch, "device", max_epochs=2, **settings).run()
+    host, device = read_epochs(tmp_path / "host"), read_epochs(tmp_path / "device")
+    for name in ("step", "train_loss", "val_elbo", "kl_weight", "lr"):
+        # Rates and noise go to the device in float32.
+        assert [r[name] for r in device] == pytest.approx([r[name] for r in host], rel=2e-6), name
+    for name, value in weights(tmp_path / "host").items():
+        torch.testing.assert_close(weights(tmp_path / "device")[name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_a_killed_run_goes_on_where_it_was(
+    make_loop: MakeLoop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = {"checkpoint_steps": 7, "checkpoint_seconds": 1e-3}
+    device_loop(make_loop, monkeypatch, "straight").run()
+    with pytest.raises(InterruptedError):
+        device_loop(make_loop, monkeypatch, "killed", "step_0000000017", **settings).run()
+    resumed = device_loop(make_loop, monkeypatch, "killed", **settings)
+    assert resumed.state.step == 17
+    resumed.run()
+    for name, value in weights(tmp_path / "straight").items():
+        assert torch.equal(weights(tmp_path / "killed")[name], value), name
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_a_loss_that_is_not_finite_stops_the_weights_at_once_and_the_run_soon(
+    make_loop: MakeLoop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    loop = device_loop(make_loop, monkeypatch)
+    take, before, cells = loop.steps.take, {}, []
+
+    def poison(minibatch: Minibatch, beside: Staged) -> None:
+        if minibatch.step == 3 and not before:
+            before.update({k: v.clone() for k, v in loop.module.state_dict().items()})
+            cells.extend(minibatch.cells)
+            beside.layout.rows(beside.block.there).rates[1] = math.nan
+        take(minibatch, beside)
+
+    monkeypatch.setattr(loop.steps, "take", poison)
+    with pytest.raises(RayvaecError) as caught:
+        loop.run()
+    first = loop.store.obs_names(min(cells), min(cells) + 1)[0]
+    assert f"the loss of 64 cells ({first}, " in str(caught.value)
+    assert "stopped being finite at step 4, in epoch 1" in str(caught.value)
+    for name, value in loop.module.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert read_model(tmp_path / "run" / "last").provenance["metrics"]["step"] == 3
+
+
+@gpu
+@needs_gpu
+def test_a_gpu_trains_as_a_cpu_does(make_loop: MakeLoop, tmp_path: Path) -> None:
+    # Where little grows, rounding stays what it is.
+    settings = {"lr": 1e-5, "max_epochs": 3}
+    make_loop("host", **settings).run()
+    loop = make_loop("device", ranks=Ranks(device=torch.device("cuda", 0)), **settings)
+    loop.run()
+    assert isinstance(loop.steps, DeviceSteps)
+    program = loop.steps._program
+    assert program is not None
+    assert program.compute._graph is not None
+    assert program.update._graph is not None
+    host, device = read_epochs(tmp_path / "host"), read_epochs(tmp_path / "device")
+    for name in ("train_loss", "val_elbo"):
+        assert [r[name] for r in device] == pytest.approx([r[name] for r in host], rel=1e-4), name
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("generative", ["softplus", "softmax"])
+def test_a_killed_run_on_a_gpu_ends_with_the_same_bits(
+    make_loop: MakeLoop, tmp_path: Path, generative: str
+) -> None:
+    ranks = Ranks(device=torch.device("cuda", 0))
+    settings = {
+        "checkpoint_steps": 7,
+        "checkpoint_seconds": 1e-3,
+        "generative": generative,
+        "ranks": ranks,
+    }
+    make_loop("straight", **settings).run()
+    with pytest.raises(InterruptedError):
+        make_loop("killed", "step_0000000017", **settings).run()
+    make_loop("killed", **settings).run()
+    for name, value in weights(tmp_path / "straight").items():
+        assert torch.equal(weights(tmp_path / "killed")[name], value), name
