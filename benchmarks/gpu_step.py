@@ -130,6 +130,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device here")
     for n_genes in options.genes:
         cells = simulate(2 * max(options.batch_sizes), n_genes, DENSITY.get(n_genes, 0.07))
         for batch_size in options.batch_sizes:
