@@ -20,13 +20,14 @@ import numpy as np
 import torch
 from train_step import DENSITY, N_LABELS, Cells, simulate
 
+from rayvaec.data.loader import prefetched
 from rayvaec.data.window import Minibatch
 from rayvaec.model.vaec import VAEC
 from rayvaec.train import device_steps
 from rayvaec.train.config import TrainConfig
 from rayvaec.train.device_steps import DeviceSteps
 from rayvaec.train.ranks import Ranks
-from rayvaec.train.staging import StepNumbers
+from rayvaec.train.staging import Block, StepNumbers
 
 WARM_STEPS = 12
 
@@ -67,13 +68,18 @@ def steps_of(cells: Cells, device: torch.device) -> DeviceSteps:
 def seconds_a_step(steps: DeviceSteps, cells: Cells, batch_size: int, n_steps: int) -> float:
     """Return the time of one of many steps, the device's work included."""
     began = 0.0
-    for step, (minibatch, beside) in enumerate(
-        steps.minibatches(minibatches(cells, batch_size, WARM_STEPS + n_steps), 0)
-    ):
+    coming = minibatches(cells, batch_size, WARM_STEPS + n_steps)
+
+    def prepare(step: int) -> tuple[Minibatch, Block]:
+        minibatch = next(coming)
+        return minibatch, steps.prepare(minibatch, step)
+
+    ahead = prefetched(prepare, range(WARM_STEPS + n_steps), 2)
+    for step, (minibatch, prepared) in enumerate(ahead):
         if step == WARM_STEPS:
             steps.check()
             began = time.perf_counter()
-        steps.take(minibatch, beside)
+        steps.take(minibatch, prepared)
     steps.check()
     return (time.perf_counter() - began) / n_steps
 

@@ -131,6 +131,31 @@ class Loader:
         StoreError
             From the iterator: a file is missing, cut short or damaged; the message names it.
         """
+        return self.prepared(epoch, _as_it_is, start_step)
+
+    def prepared(
+        self, epoch: int, prepare: Callable[[Minibatch], T], start_step: int = 0
+    ) -> Iterator[T]:
+        """Give what is made of this rank's minibatches of an epoch.
+
+        Parameters
+        ----------
+        epoch, start_step : int
+            As in `epoch`.
+        prepare : callable
+            Makes something of a minibatch, in the thread that reads ahead, in the order of the
+            steps.
+
+        Returns
+        -------
+        iterator
+            What it made, one for each step.
+
+        Raises
+        ------
+        ConfigError, StoreError
+            As `epoch` does.
+        """
         if epoch < 0:
             raise ConfigError(f"epoch is {epoch}", "epochs count from 0")
         if not 0 <= start_step <= self.steps_per_epoch:
@@ -139,10 +164,10 @@ class Loader:
             )
         steps = range(start_step, self.steps_per_epoch)
         if self._shuffle:
-            return self._shuffled(epoch, steps)
-        return prefetched(self._in_order, steps, self._prefetch)
+            return self._shuffled(epoch, steps, prepare)
+        return prefetched(lambda step: prepare(self._in_order(step)), steps, self._prefetch)
 
-    def _shuffled(self, epoch: int, steps: range) -> Iterator[Minibatch]:
+    def _shuffled(self, epoch: int, steps: range, prepare: Callable[[Minibatch], T]) -> Iterator[T]:
         plan = LanePlan(
             start=self._rows.start,
             stop=self._rows.stop,
@@ -159,7 +184,7 @@ class Loader:
             *(self._store, plan, lanes, steps.start, decoders, self._prefetch, self._free)
         )
         try:
-            yield from prefetched(reader.read, steps, self._prefetch)
+            yield from prefetched(lambda step: prepare(reader.read(step)), steps, self._prefetch)
         finally:
             reader.close()
             decoders.shutdown(cancel_futures=True)
@@ -196,6 +221,10 @@ def prefetched(produce: Callable[[int], T], steps: range, depth: int) -> Iterato
         finally:
             for future in coming:
                 future.cancel()
+
+
+def _as_it_is(minibatch: Minibatch) -> Minibatch:
+    return minibatch
 
 
 def _check_lanes(batch_size: int, world_size: int, lanes: int) -> None:

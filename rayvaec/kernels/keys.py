@@ -33,11 +33,11 @@ DRAWS = np.uint64(0x64726177)
 NOISE = np.uint64(0x6E6F6973)
 GAMMA = np.uint64(0x67616D6D)
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
-_INIT_0 = np.uint64(0x243F6A8885A308D3)  # digits of pi
-_INIT_1 = np.uint64(0x13198A2E03707344)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+MIX_2 = np.uint64(0x94D049BB133111EB)
+INIT_0 = np.uint64(0x243F6A8885A308D3)  # digits of pi
+INIT_1 = np.uint64(0x13198A2E03707344)
 _S12 = np.uint64(12)
 _S27 = np.uint64(27)
 _S30 = np.uint64(30)
@@ -69,8 +69,8 @@ class Streams(NamedTuple):
 
 @njit(inline="always")
 def _mix(word: np.uint64) -> np.uint64:
-    word = (word ^ (word >> _S30)) * _MIX_1
-    word = (word ^ (word >> _S27)) * _MIX_2
+    word = (word ^ (word >> _S30)) * MIX_1
+    word = (word ^ (word >> _S27)) * MIX_2
     return word ^ (word >> _S31)
 
 
@@ -80,9 +80,9 @@ def stream_key(
 ) -> np.uint64:
     """Absorb the four words that name a stream into one of its two key words."""
     word = _mix(start + purpose)
-    word = _mix((word ^ seed) + _GOLDEN)
-    word = _mix((word ^ key) + _GOLDEN)
-    return _mix((word ^ sample) + _GOLDEN)
+    word = _mix((word ^ seed) + GOLDEN)
+    word = _mix((word ^ key) + GOLDEN)
+    return _mix((word ^ sample) + GOLDEN)
 
 
 @njit(inline="always")
@@ -91,8 +91,8 @@ def stream_keys(
 ) -> tuple[np.uint64, np.uint64]:
     """Return the two key words of the stream named by (purpose, seed, key, sample)."""
     return (
-        stream_key(_INIT_0, purpose, seed, key, sample),
-        stream_key(_INIT_1, purpose, seed, key, sample),
+        stream_key(INIT_0, purpose, seed, key, sample),
+        stream_key(INIT_1, purpose, seed, key, sample),
     )
 
 
@@ -102,15 +102,15 @@ def uniform(k0: np.uint64, k1: np.uint64, number: np.uint64) -> float:
 
     52 random bits and a half: neither 0 nor 1 can come out, so that every logarithm is finite.
     """
-    word = _mix(k1 ^ _mix(k0 + number * _GOLDEN))
+    word = _mix(k1 ^ _mix(k0 + number * GOLDEN))
     return (np.int64(word >> _S12) + 0.5) * 2.0**-52
 
 
 @njit(inline="always")
 def gene_stream(k0: np.uint64, k1: np.uint64, gene: np.uint64) -> tuple[np.uint64, np.uint64]:
     """Return the two key words of a stream that belongs to one gene of a row."""
-    word = _mix((k0 ^ gene) + _GOLDEN)
-    return _mix(word + k1), _mix((k1 ^ word) + _GOLDEN)
+    word = _mix((k0 ^ gene) + GOLDEN)
+    return _mix(word + k1), _mix((k1 ^ word) + GOLDEN)
 
 
 @compiled
@@ -159,9 +159,9 @@ def position_keys(start: int, stop: int) -> NDArray[np.uint64]:
     ndarray[stop - start], uint64
         Distinct keys, spread over all 64 bits as hashed names are.
     """
-    word = np.arange(start, stop, dtype=np.uint64) * _GOLDEN + _INIT_0
-    word = (word ^ (word >> _S30)) * _MIX_1
-    word = (word ^ (word >> _S27)) * _MIX_2
+    word = np.arange(start, stop, dtype=np.uint64) * GOLDEN + INIT_0
+    word = (word ^ (word >> _S30)) * MIX_1
+    word = (word ^ (word >> _S27)) * MIX_2
     return word ^ (word >> _S31)
 
 

@@ -12,37 +12,33 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rayvaec.kernels import keys
+from rayvaec.kernels.keys import GOLDEN, INIT_0, INIT_1, MIX_1, MIX_2
 
 _WORD = 2**64 - 1
-_GOLDEN, _MIX_1, _MIX_2 = int(keys._GOLDEN), int(keys._MIX_1), int(keys._MIX_2)
+_GOLDEN, _MIX_1, _MIX_2 = int(GOLDEN), int(MIX_1), int(MIX_2)
 
 
 class KeyedStreams:
-    """Random streams of cells, one a seed and cell, for one purpose.
+    """Random streams of cells, several a cell.
 
     Parameters
     ----------
-    purpose : int
-        What the numbers are for.
-    seeds : Sequence[int]
-        From 0 to 2**64 - 1.
+    names : Sequence of (int, int)
+        What the numbers of each stream are for, and its seed, from 0 to 2**64 - 1.
     device : torch.device
         Where numbers are drawn.
     """
 
-    def __init__(self, purpose: int, seeds: Sequence[int], device: torch.device) -> None:
-        starts = [int(keys._INIT_0), int(keys._INIT_1)]
+    def __init__(self, names: Sequence[tuple[int, int]], device: torch.device) -> None:
         words = [
-            [_mix_number((_mix_number(start + purpose) ^ seed) + _GOLDEN) for seed in seeds]
-            for start in starts
+            _signed(_mix_number((_mix_number(int(start) + purpose) ^ seed) + _GOLDEN))
+            for start in (INIT_0, INIT_1)
+            for purpose, seed in names
         ]
-        self._words = torch.tensor(
-            [[_signed(word) for word in row] for row in words], dtype=torch.int64, device=device
-        ).view(2, len(seeds), 1)
+        self._words = torch.tensor(words, device=device).view(2, len(names), 1)
 
-    def keys(self, cells: Tensor, sample: Tensor) -> Tensor:
-        """Absorb cell and sample, as `rayvaec.kernels.keys.stream_keys` does.
+    def words(self, cells: Tensor, sample: Tensor, steps: Tensor) -> Tensor:
+        """Return numbers of every stream as 64 random bits.
 
         Parameters
         ----------
@@ -50,55 +46,38 @@ class KeyedStreams:
             Key of each cell.
         sample : Tensor[1], int64
             What else the numbers depend on.
+        steps : Tensor[n], int64
+            Which ones, from `weyl_steps`.
 
         Returns
         -------
-        Tensor[2, n_seeds, n_cells, 1], int64
-            The two key words of every stream.
+        Tensor[n_names, n_cells, n], int64
+            Of the streams that `rayvaec.kernels.keys.stream_keys` gives.
         """
-        words = _mix((self._words ^ cells) + _signed(_GOLDEN))
-        return _mix((words ^ sample) + _signed(_GOLDEN)).unsqueeze(-1)
-
-
-def random_words(stream_keys: Tensor, steps: Tensor) -> Tensor:
-    """Return numbers of every stream as 64 random bits.
-
-    Parameters
-    ----------
-    stream_keys : Tensor[2, n_seeds, n_cells, 1], int64
-        From `KeyedStreams.keys`.
-    steps : Tensor[n], int64
-        From `weyl_steps`.
-
-    Returns
-    -------
-    Tensor[n_seeds, n_cells, n], int64
-    """
-    k0, k1 = stream_keys
-    return _mix(k1 ^ _mix(k0 + steps))
+        absorbed = _mix((self._words ^ cells) + _signed(_GOLDEN))
+        k0, k1 = _mix((absorbed ^ sample) + _signed(_GOLDEN)).unsqueeze(-1)
+        return _mix(k1 ^ _mix(k0 + steps))
 
 
 def weyl_steps(numbers: Tensor) -> Tensor:
-    """Return how far each of the given numbers is along a stream, for `random_words`."""
+    """Return how far numbers are along a stream, for `KeyedStreams.words`."""
     return numbers.to(torch.int64) * _signed(_GOLDEN)
 
 
-def normal_noise(stream_keys: Tensor, steps: Tensor) -> Tensor:
+def normal_noise(words: Tensor) -> Tensor:
     """Return standard normal noise, as `rayvaec.kernels.keys.normal_noise` does.
 
     Parameters
     ----------
-    stream_keys : Tensor[2, n_seeds, n_cells, 1], int64
-        From `KeyedStreams.keys`.
-    steps : Tensor[n], int64
-        Of the numbers from 0 to an even n.
+    words : Tensor[..., n], int64
+        The first numbers of streams, an even number of them.
 
     Returns
     -------
-    Tensor[n_seeds, n_cells, n], float32
-        The same numbers but for the rounding of cosines and logarithms.
+    Tensor[..., n], float32
+        The same noise but for the rounding of cosines and logarithms.
     """
-    uniform = (_shift(random_words(stream_keys, steps), 12).double() + 0.5) * 2.0**-52
+    uniform = (_shift(words, 12).double() + 0.5) * 2.0**-52
     radius = torch.sqrt(-2.0 * torch.log(uniform[..., 0::2]))
     angle = 2.0 * math.pi * uniform[..., 1::2]
     pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), -1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rayvaec.kernels.keys import NOISE
-from rayvaec.kernels.keys_torch import KeyedStreams, normal_noise, random_words, weyl_steps
+from rayvaec.kernels.keys_torch import KeyedStreams, normal_noise, weyl_steps
 from rayvaec.model.vaec import VAEC
 from rayvaec.train.noise import DROPOUT, DROPOUT_LEVELS, replace_dropout
 from rayvaec.train.schedule import noise_seed
@@ -32,13 +32,14 @@ class DeviceNoise:
         rates = replace_dropout(module, self.mask)
         self._shape = module.n_noise, module.config.n_latent
         self._width = module.config.n_hidden
-        n_numbers = module.n_noise * module.config.n_latent
-        self._latent = KeyedStreams(int(NOISE), [word], device)
-        self._latent_steps = weyl_steps(torch.arange(n_numbers + n_numbers % 2, device=device))
-        self._dropout = KeyedStreams(
-            int(DROPOUT), [word + layer for layer in range(len(rates))], device
-        )
-        self._dropout_steps = weyl_steps(torch.arange(0, self._width, 3, device=device))
+        # Masks and noise from one pass over all streams: more numbers than needed, fewer kernels.
+        masks = [(int(DROPOUT), word + layer) for layer in range(len(rates))]
+        self._streams = KeyedStreams([*masks, (int(NOISE), word)], device)
+        n_noise = module.n_noise * module.config.n_latent
+        of_masks = torch.arange(0, self._width, 3, device=device)
+        of_noise = torch.arange(n_noise + n_noise % 2, device=device)
+        self._steps = weyl_steps(torch.cat((of_masks, of_noise)))
+        self._n_words = len(of_masks)
         self._shifts = torch.tensor([16, 32, 48], device=device)
         levels = torch.tensor([round(rate * DROPOUT_LEVELS) for rate in rates], device=device)
         self._dropped = levels.view(-1, 1, 1)
@@ -60,14 +61,14 @@ class DeviceNoise:
         Tensor[n_noise, n_cells, n_latent]
             Standard normal noise, for `VAEC.minibatch_loss`.
         """
-        words = random_words(self._dropout.keys(cells, step), self._dropout_steps)
-        parts = (words.unsqueeze(-1) >> self._shifts) & (DROPOUT_LEVELS - 1)
+        words = self._streams.words(cells, step, self._steps)
+        of_masks = words[:-1, :, : self._n_words, None]
+        parts = (of_masks >> self._shifts) & (DROPOUT_LEVELS - 1)
         stays = parts.flatten(-2)[..., : self._width] >= self._dropped
         self._masks = stays * self._keep
-        noise = normal_noise(self._latent.keys(cells, step), self._latent_steps)
         n_noise, n_latent = self._shape
-        by_cell = noise[0, :, : n_noise * n_latent].view(len(cells), n_noise, n_latent)
-        return by_cell.transpose(0, 1)
+        noise = normal_noise(words[-1, :, self._n_words :])[:, : n_noise * n_latent]
+        return noise.view(len(cells), n_noise, n_latent).transpose(0, 1)
 
     def mask(self, layer: int, width: int, rate: float) -> Tensor:
         """Return what a dropout layer multiplies its input by; arguments as in `CellNoise.mask`.

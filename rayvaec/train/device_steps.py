@@ -14,7 +14,7 @@ and never waits for the host, and so
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from rayvaec.model.vaec import VAEC
 from rayvaec.train.config import TrainConfig
 from rayvaec.train.device_noise import DeviceNoise
 from rayvaec.train.ranks import Ranks
-from rayvaec.train.staging import DeviceRows, Layout, Staged, Staging
+from rayvaec.train.staging import Block, DeviceRows, Layout, Staging
 from rayvaec.train.steps import NotFiniteError, Numbers
 
 EAGER_STEPS = 3
@@ -73,19 +73,17 @@ class DeviceSteps:
     def warm_up(self, store: Store) -> None:
         """Do nothing: the first steps are taken without a graph."""
 
-    def minibatches(
-        self, minibatches: Iterator[Minibatch], first: int
-    ) -> Iterator[tuple[Minibatch, Staged]]:
-        """Send minibatches ahead."""
-        return self._staging.staged(minibatches, first, self._numbers)
+    def prepare(self, minibatch: Minibatch, step: int) -> Block:
+        """Begin to send a minibatch."""
+        return self._staging.send(minibatch, self._numbers(step))
 
-    def take(self, minibatch: Minibatch, beside: Staged) -> None:
+    def take(self, minibatch: Minibatch, prepared: Block) -> None:
         """Have one step taken in the background; what is wrong with it, `check` will say."""
         program = self._program
-        if program is None or beside.layout != program.layout:
-            program = self._program = self._program_for(beside.layout)
+        if program is None or prepared.layout != program.layout:
+            program = self._program = self._program_for(prepared.layout)
         with _on(self._stream):
-            beside.block.take(program.block)
+            self._staging.take(prepared, program.block)
             program.compute()
             if self._ranks.world_size > 1:
                 dist.all_reduce(self._gradient)

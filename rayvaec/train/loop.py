@@ -149,18 +149,22 @@ class TrainLoop:
         state = self.state
         self._waited, asked = 0.0, time.monotonic()
         self._epoch_began = asked - state.epoch_seconds
-        minibatches = self.loader.epoch(state.epoch, start_step=state.epoch_step)
-        for minibatch, beside in self.steps.minibatches(minibatches, state.step):
+        first = state.step - state.epoch_step
+
+        def prepare(minibatch: Minibatch) -> tuple[Minibatch, Any]:
+            return minibatch, self.steps.prepare(minibatch, first + minibatch.step)
+
+        for minibatch, prepared in self.loader.prepared(state.epoch, prepare, state.epoch_step):
             self._waited += time.monotonic() - asked
             try:
-                self._step(minibatch, beside)
+                self._step(minibatch, prepared)
             except NotFiniteError as error:
                 self._give_up(error)
             asked = time.monotonic()
 
-    def _step(self, minibatch: Minibatch, beside: Any) -> None:
+    def _step(self, minibatch: Minibatch, prepared: Any) -> None:
         state = self.state
-        self.steps.take(minibatch, beside)
+        self.steps.take(minibatch, prepared)
         state.step += 1
         state.epoch_step += 1
         state.epoch_cells += minibatch.n_global

@@ -9,7 +9,7 @@ demands.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,12 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rayvaec.data.loader import prefetched
 from rayvaec.data.window import Minibatch
 from rayvaec.kernels.csr import CsrCounts
 
-AHEAD = 2
-"""Minibatches that are packed ahead of their use."""
 ALIGNMENT = 256
 SPARE, ENTRIES = 1.25, 4096
 """Room for entries: so many times those of a minibatch, in so large pieces."""
@@ -195,38 +192,24 @@ def _fill(into: NDArray[Any], values: NDArray[Any] | list[int]) -> None:
     into[: len(values)], into[len(values) :] = values, 0
 
 
-class Staged(NamedTuple):
-    """A minibatch that is on its way to the device.
-
-    Parameters
-    ----------
-    layout : Layout
-        Where its arrays lie.
-    block : Block
-        What holds it, to be given free after use.
-    """
-
-    layout: Layout
-    block: Block
-
-
 class Block:
     """Bytes on the host and on the device, and how far they are.
 
     Parameters
     ----------
-    n_bytes : int
-        Size.
+    layout : Layout
+        What they hold.
     device : torch.device
         Where they go.
     """
 
-    def __init__(self, n_bytes: int, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self.host = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=self._on_gpu)
-        self.there = torch.empty(n_bytes, dtype=torch.uint8, device=device)
-        self._arrived = torch.cuda.Event() if self._on_gpu else None
-        self._taken = torch.cuda.Event() if self._on_gpu else None
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self.layout = layout
+        self.host = torch.empty(layout.n_bytes, dtype=torch.uint8, pin_memory=on_gpu)
+        self.there = torch.empty(layout.n_bytes, dtype=torch.uint8, device=device)
+        self._arrived = torch.cuda.Event() if on_gpu else None
+        self._taken = torch.cuda.Event() if on_gpu else None
 
     def wait(self) -> None:
         """Wait until the host's bytes have been read, and may be written again."""
@@ -257,6 +240,8 @@ class Block:
 class Staging:
     """Sends minibatches to a device ahead of their use.
 
+    One thread sends them, in the order of their steps, and another takes them.
+
     Parameters
     ----------
     device : torch.device
@@ -267,44 +252,47 @@ class Staging:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._layout: Layout | None = None
-        self._blocks: list[Block] = []
+        self._free: deque[Block] = deque()
 
-    def staged(
-        self, minibatches: Iterator[Minibatch], first: int, numbers: Callable[[int], StepNumbers]
-    ) -> Iterator[tuple[Minibatch, Staged]]:
-        """Yield minibatches beside what was sent of them.
-
-        What is yielded is good until the next but one is asked for.
+    def send(self, minibatch: Minibatch, numbers: StepNumbers) -> Block:
+        """Begin to send a minibatch.
 
         Parameters
         ----------
-        minibatches : iterator of Minibatch
-            Consecutive ones.
-        first : int
-            Steps taken before the first of them.
-        numbers : callable
-            Tells what goes with a step.
+        minibatch : Minibatch
+            Is copied, and may go.
+        numbers : StepNumbers
+            What goes with it.
+
+        Returns
+        -------
+        Block
+            What it will be taken from.
         """
-
-        def send(step: int) -> tuple[Minibatch, Staged] | None:
-            minibatch = next(minibatches, None)
-            return None if minibatch is None else (minibatch, self._send(minibatch, numbers(step)))
-
-        # One step more than there can be minibatches: the iterator says when they end.
-        steps = range(first, first + 2**62)
-        for staged in prefetched(send, steps, AHEAD):
-            if staged is None:
-                return
-            yield staged
-
-    def _send(self, minibatch: Minibatch, numbers: StepNumbers) -> Staged:
-        layout = self._layout
-        if layout is None or not layout.holds(minibatch):
-            layout = self._layout = Layout.of(minibatch, layout)
-            # Blocks in use stay with who uses them.
-            self._blocks = [Block(layout.n_bytes, self._device) for _ in range(AHEAD + 2)]
-        block = self._blocks[numbers.step % len(self._blocks)]
+        if self._layout is None or not self._layout.holds(minibatch):
+            self._layout = Layout.of(minibatch, self._layout)
+        block = self._free_block(self._layout)
         block.wait()
-        layout.pack(minibatch, numbers, block.host)
+        block.layout.pack(minibatch, numbers, block.host)
         block.send(self._stream)
-        return Staged(layout, block)
+        return block
+
+    def take(self, block: Block, into: Tensor) -> None:
+        """Copy a minibatch to where it is used, on the stream at hand.
+
+        Parameters
+        ----------
+        block : Block
+            From `send`; is used again from now on.
+        into : Tensor[n_bytes], uint8
+            Room of the block's layout.
+        """
+        block.take(into)
+        self._free.append(block)
+
+    def _free_block(self, layout: Layout) -> Block:
+        while self._free:
+            block = self._free.popleft()
+            if block.layout == layout:
+                return block
+        return Block(layout, self._device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,18 +48,23 @@ class Steps(Protocol):
     def warm_up(self, store: Store) -> None:
         """Have kernels compiled before the clock runs."""
 
-    def minibatches(
-        self, minibatches: Iterator[Minibatch], first: int
-    ) -> Iterator[tuple[Minibatch, Any]]:
-        """Bring minibatches to where they are needed; `first` steps were taken before.
+    def prepare(self, minibatch: Minibatch, step: int) -> Any:
+        """Do what can be done ahead; called in another thread, in the order of the steps.
 
-        Yields
-        ------
-        tuple
+        Parameters
+        ----------
+        minibatch : Minibatch
+            What the step is to be taken on.
+        step : int
+            Steps taken before it.
+
+        Returns
+        -------
+        object
             What `take` takes.
         """
 
-    def take(self, minibatch: Minibatch, beside: Any) -> None:
+    def take(self, minibatch: Minibatch, prepared: Any) -> None:
         """Take one step.
 
         Raises
@@ -120,26 +125,23 @@ class HostSteps:
             loss.backward()
         self._optimizer.zero_grad(set_to_none=True)
 
-    def minibatches(
-        self, minibatches: Iterator[Minibatch], first: int
-    ) -> Iterator[tuple[Minibatch, StepNumbers]]:
-        """Yield minibatches as they are, with what goes with their steps."""
-        for step, minibatch in enumerate(minibatches, first):
-            yield minibatch, self._numbers(step)
+    def prepare(self, minibatch: Minibatch, step: int) -> StepNumbers:
+        """Return what goes with a step."""
+        return self._numbers(step)
 
-    def take(self, minibatch: Minibatch, beside: StepNumbers) -> None:
+    def take(self, minibatch: Minibatch, prepared: StepNumbers) -> None:
         """Take one step, as `Steps.take`."""
         with single_threaded_torch():
             for group in self._optimizer.param_groups:
-                group["lr"] = beside.lr * group["relative_lr"]
+                group["lr"] = prepared.lr * group["relative_lr"]
             self._optimizer.zero_grad(set_to_none=True)
-            loss, per_cell = self._loss(minibatch, minibatch.cells, minibatch.n_global, beside)
+            loss, per_cell = self._loss(minibatch, minibatch.cells, minibatch.n_global, prepared)
             loss.backward()
             norm = get_total_norm(self._sum_gradients())
             # The sum is the same on every worker, so that all of them stop here or none.
             if not math.isfinite(norm):
                 bad = minibatch.cells[~per_cell.isfinite().numpy()]
-                raise NotFiniteError(beside.step, bad.tolist())
+                raise NotFiniteError(prepared.step, bad.tolist())
             clip = self._config.gradient_clip
             if clip is not None and norm > clip:
                 clip_grads_with_norm_(self._module.parameters(), clip, norm)

@@ -397,3 +397,18 @@ def test_epochs_and_steps_that_do_not_exist_are_refused(random_store):
             loader.epoch(0, start_step=step)
     with pytest.raises(StoreError, match="no split 'test'"):
         Loader(open_store(random_store.path), split="test")
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_what_is_made_of_minibatches_is_made_ahead_in_their_order(shuffle, store_path):
+    loader, seen = Loader(open_store(store_path), 64, shuffle=shuffle, **SMALL), []
+
+    def prepare(minibatch):
+        seen.append((minibatch.step, threading.current_thread().name))
+        return minibatch.step, cells([minibatch])
+
+    found = list(loader.prepared(1, prepare, 2))
+    assert [step for step, _ in found] == list(range(2, loader.steps_per_epoch))
+    assert [made for _, made in found] == [cells([m]) for m in loader.epoch(1, 2)]
+    assert [step for step, _ in seen] == [step for step, _ in found]
+    assert all(name.startswith("rayvaec-loader") for _, name in seen)

@@ -18,7 +18,7 @@ from rayvaec.train.device_steps import DeviceSteps
 from rayvaec.train.loop import TrainLoop
 from rayvaec.train.metrics import read_epochs
 from rayvaec.train.ranks import Ranks
-from rayvaec.train.staging import Staged
+from rayvaec.train.staging import Block
 
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -92,12 +92,12 @@ def test_a_loss_that_is_not_finite_stops_the_weights_at_once_and_the_run_soon(
     loop = device_loop(make_loop, monkeypatch)
     take, before, cells = loop.steps.take, {}, []
 
-    def poison(minibatch: Minibatch, beside: Staged) -> None:
+    def poison(minibatch: Minibatch, prepared: Block) -> None:
         if minibatch.step == 3 and not before:
             before.update({k: v.clone() for k, v in loop.module.state_dict().items()})
             cells.extend(minibatch.cells)
-            beside.layout.rows(beside.block.there).rates[1] = math.nan
-        take(minibatch, beside)
+            prepared.layout.rows(prepared.there).rates[1] = math.nan
+        take(minibatch, prepared)
 
     monkeypatch.setattr(loop.steps, "take", poison)
     with pytest.raises(RayvaecError) as caught:

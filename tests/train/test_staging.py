@@ -1,17 +1,14 @@
 from __future__ import annotations
 
-import gc
 import math
-from collections.abc import Iterator
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rayvaec.data.window import Minibatch
-from rayvaec.train.staging import DeviceRows, Layout, Staging, StepNumbers
+from rayvaec.train.staging import Block, DeviceRows, Layout, Staging, StepNumbers
 
 CPU = torch.device("cpu")
 N_GENES = 50
@@ -64,23 +61,33 @@ def assert_holds(rows: DeviceRows, expected: Minibatch, numbers: StepNumbers) ->
     first=st.lists(st.integers(0, 20), min_size=1, max_size=12),
     then=st.lists(st.lists(st.integers(0, 20), max_size=12), max_size=4),
     batches=st.booleans(),
+    ahead=st.integers(0, 3),
 )
 def test_minibatches_of_any_size_arrive_whole(
-    first: list[int], then: list[list[int]], batches: bool
+    first: list[int], then: list[list[int]], batches: bool, ahead: int
 ) -> None:
     sent = [minibatch(lengths, i, batches) for i, lengths in enumerate([first, *then])]
     numbers = [StepNumbers(7 + i, 0.1 * i, 1 / (1 + i)) for i in range(len(sent))]
-    arrived = 0
     staging = Staging(CPU)
-    for i, (found, staged) in enumerate(
-        staging.staged(iter(sent), 7, lambda step: numbers[step - 7])
-    ):
-        assert found is sent[i]
-        block = torch.full((staged.layout.n_bytes,), 255, dtype=torch.uint8)
-        staged.block.take(block)
-        assert_holds(staged.layout.rows(block), sent[i], numbers[i])
-        arrived += 1
-    assert arrived == len(sent)
+    under_way: list[tuple[int, Block]] = []
+    for i in range(len(sent) + ahead):
+        if i < len(sent):
+            under_way.append((i, staging.send(sent[i], numbers[i])))
+        if i >= ahead:
+            at, block = under_way.pop(0)
+            room = torch.full((block.layout.n_bytes,), 255, dtype=torch.uint8)
+            staging.take(block, room)
+            assert_holds(block.layout.rows(room), sent[at], numbers[at])
+    assert not under_way
+
+
+def test_blocks_are_used_again() -> None:
+    staging, seen = Staging(CPU), set()
+    for step in range(20):
+        block = staging.send(minibatch([step % 3] * 4, step), StepNumbers(step, 0, 0))
+        seen.add(block)
+        staging.take(block, torch.empty(block.layout.n_bytes, dtype=torch.uint8))
+    assert len(seen) == 1
 
 
 def test_a_layout_stays_while_it_holds_what_comes() -> None:
@@ -94,32 +101,3 @@ def test_a_layout_stays_while_it_holds_what_comes() -> None:
     assert not narrow.holds(many)
     wider = Layout.of(minibatch([1] * 3), layout)
     assert (wider.n_rows, wider.n_entries) == (layout.n_rows, layout.n_entries)
-
-
-def test_an_error_while_reading_arrives_too() -> None:
-    def broken() -> Iterator[Minibatch]:
-        yield minibatch([1, 2])
-        raise OSError("gone")
-
-    arrived = []
-    with pytest.raises(OSError, match="gone"):
-        arrived.extend(Staging(CPU).staged(broken(), 0, lambda step: StepNumbers(step, 0, 0)))
-    assert len(arrived) <= 1
-
-
-def test_what_is_read_ends_with_the_use() -> None:
-    closed = []
-
-    def endless() -> Iterator[Minibatch]:
-        try:
-            while True:
-                yield minibatch([1, 2])
-        finally:
-            closed.append(True)
-
-    staged = Staging(CPU).staged(endless(), 0, lambda step: StepNumbers(step, 0, 0))
-    next(staged)
-    staged.close()  # type: ignore[attr-defined]
-    del staged
-    gc.collect()
-    assert closed
