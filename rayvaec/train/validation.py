@@ -15,7 +15,8 @@ from rayvaec.train.ranks import Ranks
 from rayvaec.train.replica import as_tensors
 from rayvaec.train.schedule import noise_seed
 
-BLOCK_ROWS = 512
+BLOCK_ROWS = {"cpu": 512, "cuda": 8192}
+"""Cells that are worked on together, by device: a GPU takes no longer for more of them."""
 
 
 @torch.no_grad()
@@ -52,8 +53,10 @@ def validation_elbo(
     total = 0.0
     was_training = module.training
     module.eval()
-    starts = range(rows.start, stop, BLOCK_ROWS)[ranks.rank :: ranks.world_size]
-    for start, block in _read_ahead(store, starts, stop):
+    blocks = range(rows.start, stop, BLOCK_ROWS[ranks.device.type])
+    for start, block in _read_ahead(
+        store, blocks[ranks.rank :: ranks.world_size], stop, blocks.step
+    ):
         x, y, batch_index = as_tensors(block, module)
         cells = np.arange(start, start + len(block))
         noise = latent_noise(module, noise_seed(seed, "validation"), cells, 0)
@@ -63,11 +66,11 @@ def validation_elbo(
     return ranks.sums(total)[0] / (stop - rows.start)
 
 
-def _read_ahead(store: Store, starts: range, stop: int) -> Iterator[tuple[int, Rows]]:
+def _read_ahead(store: Store, starts: range, stop: int, n_rows: int) -> Iterator[tuple[int, Rows]]:
     """Yield blocks of rows, reading the next one in the background."""
 
     def read(start: int) -> tuple[int, Rows]:
-        return start, store.read(start, min(start + BLOCK_ROWS, stop))
+        return start, store.read(start, min(start + n_rows, stop))
 
     ahead: Future[tuple[int, Rows]] | None = None
     with ThreadPoolExecutor(1, thread_name_prefix="rayvaec-validation") as reader:

@@ -48,7 +48,7 @@ def test_it_is_the_mean_bound_of_the_validation_cells(store_path: Path) -> None:
 
 
 def test_workers_share_the_blocks(store_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validation, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(validation, "BLOCK_ROWS", {"cpu": 16})
     store = open_store(store_path)
     module = build_module(store, CONFIG)
     alone = validation_elbo(module, store, Ranks(), 0)
