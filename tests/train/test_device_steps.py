@@ -86,6 +86,23 @@ def test_a_killed_run_goes_on_where_it_was(
 
 
 @pytest.mark.usefixtures("in_float64")
+def test_a_run_goes_on_with_the_other_kind_of_steps(
+    make_loop: MakeLoop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = {"checkpoint_steps": 7, "checkpoint_seconds": 1e-3, "lr": 1e-4}
+    make_loop("straight", **settings).run()
+    with pytest.raises(InterruptedError):
+        make_loop("changed", "step_0000000007", **settings).run()
+    with pytest.raises(InterruptedError):
+        device_loop(make_loop, monkeypatch, "changed", "step_0000000017", **settings).run()
+    make_loop("changed", **settings).run()
+    straight, changed = read_epochs(tmp_path / "straight"), read_epochs(tmp_path / "changed")
+    for name in ("train_loss", "val_elbo"):
+        expected = [record[name] for record in straight]
+        assert [record[name] for record in changed] == pytest.approx(expected, rel=2e-6), name
+
+
+@pytest.mark.usefixtures("in_float64")
 def test_a_loss_that_is_not_finite_stops_the_weights_at_once_and_the_run_soon(
     make_loop: MakeLoop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
