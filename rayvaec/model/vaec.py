@@ -24,20 +24,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.distributions import Normal
 
 from rayvaec.errors import CountsError
-from rayvaec.kernels.csr import CsrCounts
 from rayvaec.model.checks import check_codes, check_counts
 from rayvaec.model.config import VAECConfig
 from rayvaec.model.draws import draw_posterior
-from rayvaec.model.losses import MIXTURE_DRAWS, LossOutput, LossRecorder, classification_loss
-from rayvaec.model.network import VAECNetwork
+from rayvaec.model.losses import LossOutput, LossRecorder, classification_loss
+from rayvaec.model.sparse import SparseVAEC
 
 __all__ = ["VAEC", "LossOutput", "LossRecorder"]
 
 
-class VAEC(VAECNetwork):
+class VAEC(SparseVAEC):
     """Label-conditional VAE for counts.
 
     Parameters
@@ -284,124 +282,6 @@ class VAEC(VAECNetwork):
         counts = torch.zeros(n_rows, self.config.n_input)
         counts[rows, draws.indices] = torch.from_numpy(draws.counts).float()
         return counts.view(-1, n_samples, self.config.n_input).transpose(1, 2).contiguous()
-
-    def encode(
-        self,
-        x: CsrCounts,
-        y: Tensor,
-        batch_index: Tensor | None = None,
-        *,
-        rows_per_product: int | None = None,
-    ) -> Normal:
-        """Return q(z | x, y) of sparse counts.
-
-        Parameters
-        ----------
-        x : CsrCounts
-            Raw counts of n_cells x n_input.
-        y, batch_index : Tensor[n_cells, 1]
-            Label and batch codes.
-        rows_per_product : int, optional
-            As in `rayvaec.model.layers.FCLayers.forward`.
-
-        Returns
-        -------
-        Normal
-            Mean and standard deviation, Tensor[n_cells, n_latent] each.
-        """
-        return self.z_encoder.forward_csr(
-            x,
-            *self._encoder_categories(y, batch_index),
-            log1p=self.config.log_variational,
-            beside=self._encoded_batch(y, batch_index),
-            rows_per_product=rows_per_product,
-        )
-
-    @torch.no_grad()
-    def decode(
-        self, z: Tensor, library: Tensor, y: Tensor, batch_index: Tensor | None = None
-    ) -> Tensor:
-        """Return px_rate: library times px_scale.
-
-        Parameters
-        ----------
-        z : Tensor[n_cells, n_latent]
-        library : Tensor[n_cells, 1], from `library_of`
-        y, batch_index : Tensor[n_cells, 1]
-            Label and batch codes.
-
-        Returns
-        -------
-        Tensor[n_cells, n_input]
-        """
-        return self._px_scale(self.decoder_hidden(z, y, batch_index), y).mul_(library)
-
-    @property
-    def n_noise(self) -> int:
-        """Draws of noise a cell that `minibatch_loss` needs: z's, and those behind the prior."""
-        return 1 + MIXTURE_DRAWS * (self.config.prior == "mog")
-
-    def minibatch_loss(
-        self,
-        x: CsrCounts,
-        y: Tensor,
-        batch_index: Tensor | None = None,
-        *,
-        kl_weight: float | Tensor = 1.0,
-        divisor: float | Tensor | None = None,
-        generator: torch.Generator | None = None,
-        noise: Tensor | None = None,
-    ) -> LossOutput:
-        """Return the loss of a sparse minibatch: what training calls.
-
-        Equal to `loss` of the dense minibatch, without ever making it dense.
-
-        Parameters
-        ----------
-        x : CsrCounts
-            Raw counts of n_cells x n_input.
-        y, batch_index : Tensor[n_cells, 1]
-            Label and batch codes.
-        kl_weight : float or Tensor[]
-            Weight of the Kullback-Leibler term.
-        divisor : float or Tensor[n_cells], optional
-            What the sum over cells, or each cell's part, is divided by; their number by default.
-            A worker that holds a share of a global minibatch gives the size of the whole.
-        generator : torch.Generator, optional
-            Source of z's noise; torch's global one by default.
-        noise : Tensor[n_noise, n_cells, n_latent], optional
-            Standard normal noise, where it is not to be drawn here.
-
-        Returns
-        -------
-        LossOutput
-            Only `loss` carries gradients.
-        """
-        if noise is None:
-            shape = (self.n_noise, x.n_cells, self.config.n_latent)
-            noise = torch.randn(shape, generator=generator, device=self.px_r.device)
-        factor = self._cell_weight(y) / (x.n_cells if divisor is None else divisor)
-        z, kl_sum, kl_local = self._draw(x, y, batch_index, noise, factor)
-        weighted_sum, reconstruction = self.reconstruction(z, x, y, batch_index, factor)
-        return LossOutput(weighted_sum + kl_weight * kl_sum, reconstruction, kl_local)
-
-    def _draw(
-        self, x: CsrCounts, y: Tensor, batch_index: Tensor | None, noise: Tensor, factor: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return z, the weighted sum of its divergences and, without gradient, each cell's."""
-        on_cpu = noise.device.type == "cpu" and self.px_r.dtype == torch.float32
-        if on_cpu and self.config.prior == "normal":
-            return self.z_encoder.draw_csr(
-                x,
-                *self._encoder_categories(y, batch_index),
-                noise=noise[0],
-                factor=factor,
-                log1p=self.config.log_variational,
-                beside=self._encoded_batch(y, batch_index),
-            )
-        qz = self.encode(x, y, batch_index)
-        kl = self.kl(qz, y, noise[1:])
-        return qz.loc + qz.scale * noise[0], (factor * kl).sum(), kl.detach()
 
     def _check_codes(self, y: Tensor, batch_index: Tensor | None, n_cells: int) -> None:
         check_codes("labels", y, self.config.n_labels, n_cells)
