@@ -81,6 +81,7 @@ class DeviceSteps:
         """Have one step taken in the background; what is wrong with it, `check` will say."""
         program = self._program
         if program is None or prepared.layout != program.layout:
+            self.check()  # steps under way read what is about to be replaced
             program = self._program = self._program_for(prepared.layout)
         with _on(self._stream):
             self._staging.take(prepared, program.block)

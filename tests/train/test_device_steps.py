@@ -14,6 +14,7 @@ from rayvaec.data.window import Minibatch
 from rayvaec.errors import RayvaecError
 from rayvaec.model.saved import read_model
 from rayvaec.train import loop as loop_module
+from rayvaec.train import staging
 from rayvaec.train.device_steps import DeviceSteps
 from rayvaec.train.loop import TrainLoop
 from rayvaec.train.metrics import read_epochs
@@ -68,6 +69,27 @@ def test_they_are_the_steps_of_the_host(
         assert [r[name] for r in device] == pytest.approx([r[name] for r in host], rel=2e-6), name
     for name, value in weights(tmp_path / "host").items():
         torch.testing.assert_close(weights(tmp_path / "device")[name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_minibatches_that_outgrow_their_room_get_more(
+    make_loop: MakeLoop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    device_loop(make_loop, monkeypatch, "roomy", max_epochs=1).run()
+    monkeypatch.setattr(staging, "SPARE", 1.0)
+    monkeypatch.setattr(staging, "ENTRIES", 1)
+    loop = device_loop(make_loop, monkeypatch, "tight", max_epochs=1)
+    assert isinstance(loop.steps, DeviceSteps)
+    program_for, layouts = loop.steps._program_for, []
+    monkeypatch.setattr(
+        loop.steps, "_program_for", lambda layout: layouts.append(layout) or program_for(layout)
+    )
+    loop.run()
+    assert len(layouts) > 2
+    assert [layout.n_entries for layout in layouts] == sorted({e.n_entries for e in layouts})
+    roomy, tight = read_epochs(tmp_path / "roomy")[0], read_epochs(tmp_path / "tight")[0]
+    for name in ("step", "train_loss", "val_elbo"):
+        assert tight[name] == pytest.approx(roomy[name], rel=1e-12), name
 
 
 @pytest.mark.usefixtures("in_float64")
