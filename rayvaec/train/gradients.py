@@ -71,7 +71,8 @@ class GradientSum:
         Returns
         -------
         list of Tensor
-            The gradients, in the order of the parameters, the same bits on every worker.
+            The gradients, in the order of the parameters, the same bits on every worker. They may
+            lie in memory of all workers: see `own` for changing them.
         """
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         if self._ranks.world_size > 1:
@@ -85,8 +86,14 @@ class GradientSum:
             parameter.grad = gradient
         return gradients
 
+    def own(self) -> None:
+        """Give this worker gradients that it may change, of the same values."""
+        if self._shared is not None:
+            for parameter in self._parameters:
+                parameter.grad = None if parameter.grad is None else parameter.grad.clone()
+
     def _sum_shared(self, flat: list[Tensor], shared: _SharedMemory) -> Tensor:
-        """Write one's own row, add up one's part of all rows, read the whole.
+        """Write one's own row, add up one's part of all rows, give the whole.
 
         Nobody adds before all have written, or reads before all have added; and nobody adds the
         next time before all have come back with their next row, and so have read.
@@ -98,7 +105,7 @@ class GradientSum:
         part = slice(rank * size, (rank + 1) * size)
         torch.sum(rows[:-1, part], 0, out=rows[-1, part])
         shared.barrier()
-        return rows[-1].clone()
+        return rows[-1]
 
     def _sum_sent(self, flat: list[Tensor]) -> Tensor:
         """Send every worker its part of one's numbers, add up one's own part, send that to all.

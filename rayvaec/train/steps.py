@@ -144,6 +144,7 @@ class HostSteps:
                 raise NotFiniteError(prepared.step, bad.tolist())
             clip = self._config.gradient_clip
             if clip is not None and norm > clip:
+                self._sum_gradients.own()
                 clip_grads_with_norm_(self._module.parameters(), clip, norm)
             self._optimizer.step()
             self._last_loss = loss.detach().double() * minibatch.n_global

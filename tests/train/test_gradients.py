@@ -50,6 +50,8 @@ for step in range(20):
         dist.all_gather(results, result)
         assert all((other == result).all() for other in results)
         if rank == 0:
+            add.own()
+            assert (torch.cat([p.grad.flatten() for p in module.parameters()]) == result).all()
             module.weight.grad.mul_(0)  # as clipping does: the others must not see it
         dist.barrier()
         if rank > 0:

@@ -210,6 +210,17 @@ def test_clipping_changes_the_path_and_a_high_limit_does_not(
     assert elbos["high"] == elbos["none"] != elbos["low"]
 
 
+def test_workers_clip_what_they_share_once(
+    run_ranks: Callable[..., None], make_loop: MakeLoop, tmp_path: Path
+) -> None:
+    settings = {"max_epochs": 1, "gradient_clip": 0.1, "lr": 1e-4}
+    make_loop("alone", **settings).run()
+    run_ranks(tmp_path / "two", 2, **settings)
+    alone, two = (weights(tmp_path / run) for run in ("alone", "two"))
+    for name, value in alone.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
+
+
 def test_records_carry_the_schedules(make_loop: MakeLoop, tmp_path: Path) -> None:
     loop = make_loop(kl_warmup_epochs=2.0, lr=1e-3)
     loop.run()
