@@ -91,9 +91,13 @@ class Server:
         return sum(_cpu_seconds(pid) for pid in self.pids())
 
     def resident(self) -> dict[str, float]:
-        """Return the MiB that proxy and replicas hold."""
-        names = ("ray::ProxyActor", "ray::ServeReplica")
-        return {name: sum(_resident(pid) for pid in self.pids(name)) / 2**20 for name in names}
+        """Return the MiB that proxy and replicas hold, and those of Ray's object store once."""
+        held, store = {}, [0.0]
+        for name in ("ray::ProxyActor", "ray::ServeReplica"):
+            shared = {pid: _mapped(pid) for pid in self.pids(name)}
+            held[name] = sum(_resident(pid) - shared[pid] for pid in shared) / 2**20
+            store += shared.values()
+        return {**held, "store": max(store) / 2**20}
 
 
 def _below(pid: int) -> Iterator[int]:
@@ -111,6 +115,12 @@ def _cpu_seconds(pid: int) -> float:
 
 def _resident(pid: int) -> float:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _mapped(pid: int) -> float:
+    """Return the bytes of shared memory, all of it Ray's object store, that a process has used."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("RssShmem:")[2].split()[0]) * 1024
 
 
 @contextmanager
@@ -405,7 +415,7 @@ def memory(server: Server, adata: anndata.AnnData, n_samples: int) -> None:
         "idle_mib": {name: round(value) for name, value in idle.items()},
         "above_idle_mib": above,
     }
-    server_side = above["ray::ProxyActor"] + above["ray::ServeReplica"]
+    server_side = sum(above.values()) - above["client"]
     _print("serving_memory", server_side, above["client"], "MiB above idle", setup)
 
 

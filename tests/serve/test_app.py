@@ -214,6 +214,7 @@ def test_the_command_serves_and_stops_without_a_trace(
         assert client.ready()
         assert np.array_equal(client.sample(adata, n_samples=5, seed=3, as_="array"), expected)
         same_from_both_replicas(client, adata, expected)
+    keeps_few_answers_that_are_sent(server, trained)
     refuses_more_than_there_are_places_for(server, trained)
     refused = httpx.get(f"{server.url}/v1/models/atlas/model", timeout=30)
     assert refused.status_code == 401
@@ -244,6 +245,33 @@ def same_from_both_replicas(client: Client, adata: anndata.AnnData, expected: np
         thread.join(60)
     assert len(results) == 30
     assert all(np.array_equal(result, expected) for result in results)
+
+
+def keeps_few_answers_that_are_sent(server: Server, trained: TrainedModel) -> None:
+    """Ask for far more than Ray's object store may hold of it afterwards."""
+    body = {"label": trained.registry.labels[0], "n_cells": 20, "library": 500, "n_samples": 50}
+    headers = {"Authorization": f"Bearer {TOKEN}", "Accept": "application/vnd.apache.arrow.stream"}
+    sizes: list[int] = []
+
+    async def client(http: httpx.AsyncClient) -> None:
+        for _ in range(30):
+            answer = await http.post(f"{server.url}/v1/models/atlas/generate", json=body)
+            assert answer.status_code == 200
+            sizes.append(len(answer.content))
+
+    async def ask() -> None:
+        async with httpx.AsyncClient(headers=headers, timeout=60) as http:
+            await asyncio.gather(*(client(http) for _ in range(PLACES)))
+
+    asyncio.run(ask())
+    assert sum(sizes) > 60 * 2**20
+    (proxy,) = (
+        pid
+        for pid in server.alive()
+        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::ProxyActor")
+    )
+    status = Path(f"/proc/{proxy}/status").read_text()
+    assert int(status.partition("RssShmem:")[2].split()[0]) < 15 * 2**10
 
 
 def refuses_more_than_there_are_places_for(server: Server, trained: TrainedModel) -> None:

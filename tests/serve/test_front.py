@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from typing import Any
 
@@ -36,7 +37,7 @@ async def ask(app: Front, method: str = "POST", request_id: str = "mine") -> lis
     sent: list[dict[str, Any]] = []
 
     async def send(message: Any) -> None:
-        sent.append(message)
+        sent.append(dict(message))
 
     async def receive() -> Any:
         raise AssertionError("the body was read")
@@ -101,6 +102,52 @@ def test_a_place_is_free_after_a_failure():
                 await ask(app)
 
     asyncio.run(go())
+
+
+class Body(bytes):
+    """Part of an answer that says when it is gone."""
+
+    gone = 0
+
+    def __del__(self) -> None:
+        Body.gone += 1
+
+
+async def lingers(scope: Any, receive: Any, send: Any) -> None:
+    """Answer, and leave a cycle that holds the answer's messages, as Ray Serve's proxy does."""
+    messages = [
+        {"type": "http.response.start", "status": 200, "headers": []},
+        {"type": "http.response.body", "body": Body(b"a"), "more_body": True},
+        {"type": "http.response.body", "body": Body(b"b")},
+    ]
+    for message in messages:
+        await send(message)
+    try:
+        raise StopAsyncIteration
+    except StopAsyncIteration as error:
+        kept = error  # whose traceback holds this frame, which holds it
+        assert kept.__traceback__
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_an_answer_leaves_memory_without_waiting_for_the_collector(method, monkeypatch):
+    async def passed(scope: Any, receive: Any, send: Any) -> None:
+        async def whole(message: Any) -> None:
+            parts.append(bytes(message.get("body", b"")))
+
+        await Front(lingers, 1)(scope, receive, whole)
+
+    monkeypatch.setattr(Body, "gone", 0)
+    parts: list[bytes] = []
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(passed({"type": "http", "method": method}, None, None))
+        assert parts == [b"", b"a", b"b"]
+        assert Body.gone == 2
+    finally:
+        gc.enable()
+        gc.collect()
 
 
 def test_the_environment_says_how_many_places_there_are(monkeypatch):
