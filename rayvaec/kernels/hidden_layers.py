@@ -205,8 +205,8 @@ class _Stack:
 
     def forward(
         self, x: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor]
-    ) -> None:
-        """Fill in what every layer gives."""
+    ) -> Tensor:
+        """Fill in what every layer gives; return what the last one does, and do not keep that."""
         self.x, self.weights = x, weights
         self.n_in = [
             self.products.n_genes if x is None else x.shape[1],  # type: ignore[union-attr]
@@ -221,6 +221,9 @@ class _Stack:
             [partial(self._forward_piece, rows, tables, columns) for rows in self.rows],
             self.n_threads,
         )
+        # The result refers to the node of autograd, which refers to this. Kept here, it would close
+        # a cycle, and a step's memory, its minibatch included, would wait for a garbage collection.
+        return self.outs.pop()
 
     def _inputs(self, layer: int, rows: slice) -> Tensor:
         x = self.outs[layer - 1] if layer else self.x
@@ -259,7 +262,7 @@ class _Stack:
             np.empty((len(self.rows), 1 + weight.shape[1] - n_in, len(weight)), _F)
             for weight, n_in in zip(self.weights, self.n_in, strict=True)
         ]
-        grads = [torch.empty_like(out) for out in self.outs]
+        grads = [torch.empty_like(normed) for normed in self.normed]
         grad_x = torch.empty_like(self.x) if want_x and self.x is not None else None
         run_all(
             [
@@ -318,9 +321,8 @@ class _HiddenLayers(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor | None, stack: _Stack, *parameters: Tensor) -> Tensor:
         detached = [tensor.detach().contiguous() for tensor in parameters]
         x = None if x is None else x.detach().contiguous()
-        stack.forward(x, detached[::2], detached[1::2])
         ctx.stack = stack
-        return stack.outs[-1]
+        return stack.forward(x, detached[::2], detached[1::2])
 
     @staticmethod
     @once_differentiable
