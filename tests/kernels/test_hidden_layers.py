@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from itertools import pairwise
 
 import numpy as np
@@ -112,6 +114,21 @@ def test_the_number_of_threads_changes_no_bit(make_counts):
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_what_a_result_needs_goes_with_it(make_counts):
+    x, layers = make_counts(70, 60), make_layers([60, 16, 16], 0, 70, dropped=True)
+    layers[0].weight.requires_grad_()
+    gc.disable()
+    try:
+        out = hidden_layers(x, [], layers)
+        needed = [weakref.ref(tensor) for tensor in (out, layers[0].mask, layers[1].mask)]
+        del layers
+        assert all(ref() is not None for ref in needed)
+        del out
+        assert all(ref() is None for ref in needed)
+    finally:
+        gc.enable()
 
 
 def test_no_cells():

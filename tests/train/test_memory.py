@@ -1,0 +1,99 @@
+"""What a worker holds: nothing that waits for a garbage collection, nothing that grows."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gloo_worker import FolderSink
+
+from rayvaec.data.build import PrepareConfig, prepare
+from rayvaec.data.simulate import simulate
+from rayvaec.data.window import Buffers
+from rayvaec.train.config import TrainConfig
+from rayvaec.train.loop import Task, TrainLoop
+from rayvaec.train.ranks import Ranks
+
+SIZES = 2_000, 40_000
+SETTINGS = {"batch_size": 64, "lanes": 4, "block_rows": 64, "buffer_rows": 512, "n_hidden": 8}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"encode_covariates": True, "n_layers": 1, "dropout_rate": 0.0},
+        {"generative": "softmax"},
+        {"generative": "softmax", "prior": "mog"},
+    ],
+)
+def test_no_tensor_waits_for_a_garbage_collection(
+    make_loop: Callable[..., TrainLoop], settings: dict[str, Any]
+) -> None:
+    make_loop("warm", max_epochs=1, **settings).run()  # compiling leaves frames with tensors
+    loop = make_loop(max_epochs=1, **settings)  # may be a cycle itself, and so must stay
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        loop.run()
+        gc.collect()
+        assert not [held for held in gc.garbage if isinstance(held, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Stores of the same genes, both large enough for full windows."""
+    folder = tmp_path_factory.mktemp("sizes")
+    for n_cells in SIZES:
+        simulate(n_cells=n_cells, n_genes=30, n_labels=3).write_h5ad(folder / f"{n_cells}.h5ad")
+        config = PrepareConfig(labels_key="cell_type")
+        prepare([folder / f"{n_cells}.h5ad"], folder / str(n_cells), config)
+    return {n_cells: folder / str(n_cells) for n_cells in SIZES}
+
+
+def test_a_worker_holds_no_more_of_a_larger_store(
+    stores: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Buffers] = []
+    start = Buffers.__init__
+
+    def counting(self: Buffers, store: Any) -> None:
+        made.append(self)
+        start(self, store)
+
+    monkeypatch.setattr(Buffers, "__init__", counting)
+
+    def held(n_cells: int) -> int:
+        """Return the bytes of Python and numpy amid an epoch, less the buffers of the loader."""
+        made.clear()
+        run = tmp_path / str(n_cells)
+        run.mkdir(exist_ok=True)
+        task = Task(stores[n_cells], run, TrainConfig.from_json(SETTINGS))
+        gc.collect()
+        tracemalloc.start()
+        try:
+            loop = TrainLoop(task, Ranks(), FolderSink(run))
+            minibatches = loop.loader.epoch(0)
+            for _ in range(20):
+                loop._step(next(minibatches))
+            gc.collect()
+            size = tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+        minibatches.close()
+        return size - sum(room.base.nbytes for b in made for room in (b.counts, b.indices))  # type: ignore[union-attr]
+
+    held(SIZES[0])  # what is loaded and compiled once
+    small, large = held(SIZES[0]), held(SIZES[1])
+    # The plan takes 16 bytes a block of 64 cells; anything of every cell, a byte at least.
+    assert large - small < 0.75 * (SIZES[1] - SIZES[0])
