@@ -23,14 +23,17 @@ from rayvaec.errors import StoreError
 HUGE_PAGE = 2**21
 """Bytes of a page that the system hands out and finds faster; it must begin at a multiple."""
 
+SMALL_ROOM = 2**19
+"""Bytes of the smallest room: there are dozens, and in each a huge page would stay mostly empty."""
+
 COUNTS_AT, INDICES_AT, LENGTH, CELL, LABEL, BATCH = range(6)
 
 
 class Buffers:
     """Room for stored values that is used again and again.
 
-    Fresh memory costs as much as decoding into it: the system hands it out page by page. These
-    buffers start at 4 MiB, from where on numpy asks for huge pages; untouched, they cost nothing.
+    Fresh memory costs as much as decoding into it: the system hands it out page by page. Where half
+    a megabyte is too little, they have 4 MiB or more, from where on numpy asks for huge pages.
 
     Parameters
     ----------
@@ -66,6 +69,8 @@ class Buffers:
 
 
 def _room(n: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    if n * dtype.itemsize <= SMALL_ROOM:
+        return np.empty(SMALL_ROOM, np.uint8).view(dtype)
     # An eighth more than asked: sizes differ a little, and growing means new memory.
     n_bytes = max((n + n // 8) * dtype.itemsize, 2**22)
     memory = np.empty(n_bytes + HUGE_PAGE, np.uint8)

@@ -334,6 +334,20 @@ def test_memory_does_not_grow_with_the_store(make_store, monkeypatch, n_cells):
     assert held <= (2 * 16 + 4) * (one.counts.nbytes + one.indices.nbytes)
 
 
+def test_little_is_held_in_little_room(random_store):
+    room = Buffers(open_store(random_store.path))
+    fits = len(room.counts)
+    for n, most in ((fits, 2**19), (fits + 1, 2**23), (4 * fits, 2**23)):
+        room.reserve(n, 0)
+        assert len(room.counts) >= n
+        assert room.counts.base.nbytes <= most
+        assert room.indices.base.nbytes <= 2**19
+        assert not room.in_use()
+    before = room.counts
+    room.reserve(fits, fits)
+    assert room.counts is before
+
+
 def test_offsets_that_decrease_are_refused(make_store):
     # A partition that another program wrote, without checksums: rows would be copied from anywhere.
     made = make_store(n_partitions=1)
