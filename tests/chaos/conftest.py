@@ -23,7 +23,7 @@ from rayvaec.train.metrics import read_attempts, read_epochs, read_records
 SETTINGS = {
     "max_epochs": 10,
     "batch_size": 128,
-    "n_hidden": 64,
+    "n_hidden": 384,
     "checkpoint_steps": 100,
     "log_steps": 10,
     "resize_seconds": 2,

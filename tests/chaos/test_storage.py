@@ -30,11 +30,11 @@ def fill(path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A filesystem of 24 MB."""
+    """A filesystem of 160 MB, room for a few checkpoints."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", disk], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=160m", "tmpfs", disk], capture_output=True
     )
     if mounted.returncode:
         pytest.skip("needs the right to mount a filesystem")
