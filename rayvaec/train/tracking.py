@@ -11,7 +11,9 @@ import json
 import logging
 import os
 import shutil
+import socket
 import threading
+import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,20 +71,38 @@ class TensorBoard:
 
     def write(self, records: Sequence[dict[str, Any]]) -> None:
         """Write a point for every value."""
-        if self._writer is None:
-            from tensorboardX import SummaryWriter
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
 
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._writer = SummaryWriter(str(self._folder), write_to_disk=True)
+        if self._writer is None:
+            self._writer = self._new_file()
         for record in records:
             for name, value in values_of(record).items():
-                self._writer.add_scalar(SHOWN[name], value, record["step"])
+                point = scalar(SHOWN[name], value)
+                self._add(Event(wall_time=time.time(), step=record["step"], summary=point))
         self._writer.flush()
 
     def close(self) -> None:
         """Close the event file."""
         if self._writer is not None:
             self._writer.close()
+
+    def _new_file(self) -> Any:
+        # Not a SummaryWriter: where the disk is full, that one tries again at the process's exit,
+        # with a traceback after the line that says what is wrong.
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.record_writer import RecordWriter
+
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(exist_ok=True)
+        now = time.time()
+        file = self._folder / f"events.out.tfevents.{int(now)}.{socket.gethostname()}"
+        writer = RecordWriter(str(file))
+        writer.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
+        return writer
+
+    def _add(self, event: Any) -> None:
+        self._writer.write(event.SerializeToString())
 
 
 class MLflow:
@@ -229,6 +249,4 @@ class Mirror:
 
 
 def _milliseconds() -> int:
-    import time
-
     return int(time.time() * 1000)

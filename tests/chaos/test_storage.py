@@ -7,9 +7,10 @@ import os
 import shutil
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,24 @@ EXT4_SHUTDOWN = 0x8004587D
 """The ioctl after which an ext4 answers with EIO, until it is mounted again."""
 
 
-def fill(path: Path) -> None:
-    """Write until there is no room."""
-    with path.open("wb", buffering=0) as file, suppress(OSError):
-        while True:
-            file.write(bytes(2**12))
+@contextmanager
+def filled(path: Path) -> Iterator[None]:
+    """Leave no room on a disk, however much is removed from it, by a file that is removed after."""
+    over = threading.Event()
+
+    def fill() -> None:
+        with path.open("wb", buffering=0) as file:
+            while not over.wait(0.01):
+                with suppress(OSError):
+                    while True:
+                        file.write(bytes(2**12))
+
+    filling = threading.Thread(target=fill)
+    filling.start()
+    yield
+    over.set()
+    filling.join()
+    path.unlink()
 
 
 @pytest.fixture
@@ -47,14 +61,12 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(
 ) -> None:
     train = command(1, out=small_disk / "run")
     train.until_step(500)
-    filler = small_disk / "filler"
-    fill(filler)
-    code, text = train.wait(timeout=60)
+    with filled(small_disk / "filler"):
+        code, text = train.wait(timeout=60)
     assert code == 1, text
     last = text.splitlines()[-1]
     assert last.startswith("rayvaec: error: there is no room left for "), text
     assert last.endswith("; free some space, then --resume: the last good checkpoint is kept")
-    filler.unlink()
     kept = train.kept_step
     again = command(1, "--resume", out=train.path)
     again.finish()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import struct
+import subprocess
 import sys
 import time
 import types
@@ -191,3 +192,29 @@ def test_mlflow_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.Monk
     assert [m.value for m in server.metrics if m.key == "val_elbo"] == [-700.5]
     assert (server.again, server.ended) == (("7/atlas", "RUNNING"), 2)
     assert (server.params["seed"], server.experiment) == (4, "rayvaec")
+
+
+FULL_DISK = """
+import resource, sys
+from contextlib import suppress
+from pathlib import Path
+from rayvaec.train.tracking import TensorBoard
+
+tracker = TensorBoard(Path(sys.argv[1]))
+tracker.write([{"epoch": 1, "step": 1, "train_loss": 2.0}])
+size = sum(file.stat().st_size for file in Path(sys.argv[1]).rglob("events*"))
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # no file may grow any more
+for action in (lambda: tracker.write([{"epoch": 1, "step": 2, "train_loss": 1.0}]), tracker.close):
+    try:
+        action()
+    except OSError:
+        continue
+    raise AssertionError("there was room")
+"""
+
+
+def test_tensorboard_is_silent_at_the_end_of_a_process_whose_disk_is_full(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FULL_DISK, tmp_path], capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
