@@ -33,7 +33,7 @@ def share_parameters(module: nn.Module, ranks: Ranks) -> None:
 
 
 class GradientSum:
-    """Adds up every parameter's gradient over the workers.
+    """Adds up every parameter's gradient over workers on CPUs.
 
     All gradients go as one message. DistributedDataParallel sends them in buckets, while the rest
     is computed: on workers with one core each, sending then takes from computing what it hides,
@@ -55,9 +55,9 @@ class GradientSum:
         self._sizes = [parameter.numel() for parameter in self._parameters]
         n_numbers = sum(self._sizes)
         # Filled up with zeros, so that every worker's part is of the same size.
-        self._filling = torch.zeros(-n_numbers % ranks.world_size, device=ranks.device)
+        self._filling = torch.zeros(-n_numbers % ranks.world_size)
         self._shared: _SharedMemory | None = None
-        if ranks.world_size > 1 and ranks.device.type == "cpu":
+        if ranks.world_size > 1:
             self._shared = _shared_memory(ranks, n_numbers + len(self._filling))
 
     @property
@@ -113,9 +113,6 @@ class GradientSum:
         A ring's all-reduce sends as many numbers, but adds them in an order of its own.
         """
         joined = torch.cat(flat)
-        if joined.is_cuda:
-            dist.all_reduce(joined)
-            return joined
         rows = torch.empty_like(joined)
         dist.all_to_all_single(rows, joined)
         part = torch.sum(rows.view(self._ranks.world_size, -1), 0)

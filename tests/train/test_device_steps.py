@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from rayvaec.errors import RayvaecError
 from rayvaec.model.saved import read_model
 from rayvaec.train import loop as loop_module
 from rayvaec.train import staging
-from rayvaec.train.device_steps import DeviceSteps
+from rayvaec.train.device_steps import EAGER_STEPS, DeviceSteps, _Replayed
 from rayvaec.train.loop import TrainLoop
 from rayvaec.train.metrics import read_epochs
 from rayvaec.train.ranks import Ranks
@@ -147,6 +147,23 @@ def test_a_loss_that_is_not_finite_stops_the_weights_at_once_and_the_run_soon(
     for name, value in loop.module.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert read_model(tmp_path / "run" / "last").provenance["metrics"]["step"] == 3
+
+
+def test_what_cannot_be_made_a_graph_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    runs: list[int] = []
+    replayed = _Replayed(lambda: runs.append(1), stream=cast(torch.cuda.Stream, object()))
+    for _ in range(EAGER_STEPS - 1):
+        replayed()
+    with pytest.warns(UserWarning, match="as a CUDA graph: operation not permitted when stream"):
+        replayed()
+    for _ in range(3):  # the warning is not said again: it would be an error here
+        replayed()
+    assert len(runs) == EAGER_STEPS + 3
 
 
 @gpu
