@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from rayvaec.data.cell_names import name_hashes
 from rayvaec.data.gene_choice import check_appended_genes, columns_of
-from rayvaec.data.inputs import Input
+from rayvaec.data.inputs.cell_names import name_hashes
+from rayvaec.data.inputs.obs import read_appended, refuse_nothing
+from rayvaec.data.inputs.reader import Input
 from rayvaec.data.manifest import Manifest, Portion
 from rayvaec.data.names import choices, listing
-from rayvaec.data.obs_columns import read_appended, refuse_nothing
 from rayvaec.data.partition import CountsDtypes, write_manifest
 from rayvaec.data.prepare_config import PARTITION_ELEMENTS, PrepareConfig
 from rayvaec.data.store import open_store

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from rayvaec import __version__
-from rayvaec.data.counts import as_counts
 from rayvaec.data.foreign import (
     SPLIT_SEED,
     Findings,
@@ -22,10 +21,11 @@ from rayvaec.data.foreign import (
     split,
     store_digest,
 )
+from rayvaec.data.inputs.counts import as_counts
+from rayvaec.data.inputs.obs_keys import ObsKeys
+from rayvaec.data.inputs.zarr_reader import CodedColumn, Member, open_members
 from rayvaec.data.manifest import Manifest, PartitionInfo
-from rayvaec.data.members import CodedColumn, Member, open_members
 from rayvaec.data.names import listing
-from rayvaec.data.obs_keys import ObsKeys
 from rayvaec.data.registry import Registry, refuse_duplicates
 from rayvaec.data.remote import open_blobs
 from rayvaec.errors import CountsError

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rayvaec.data.elements import SHARD_BYTES
-from rayvaec.data.inputs import CSC_BLOCKS, Input
+from rayvaec.data.inputs.reader import CSC_BLOCKS, Input
+from rayvaec.data.inputs.writer import SHARD_BYTES
 from rayvaec.data.partition import CountsDtypes
 from rayvaec.data.prepare_config import PrepareConfig
 from rayvaec.errors import ConfigError

@@ -34,7 +34,7 @@ from rayvaec.data.append import (
 )
 from rayvaec.data.budget import Budget, plan_memory
 from rayvaec.data.dealing import PartitionPlan, deal, plan_partitions, shuffled_positions
-from rayvaec.data.inputs import Input
+from rayvaec.data.inputs.reader import Input
 from rayvaec.data.lock import WriteLock
 from rayvaec.data.manifest import Manifest, PartitionInfo
 from rayvaec.data.names import listing

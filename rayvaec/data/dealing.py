@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayvaec.data.budget import LEAST_PARTITION, Budget, partition_bytes, show_bytes
-from rayvaec.data.cell_names import UniqueNames
-from rayvaec.data.inputs import Input
+from rayvaec.data.inputs.cell_names import UniqueNames
+from rayvaec.data.inputs.reader import Input
 from rayvaec.data.partition import CountsDtypes
 from rayvaec.data.scatter import Scatter
 from rayvaec.data.survey import Survey, aligned_blocks

@@ -65,7 +65,7 @@ def describe_foreign(where: Location) -> str:
     StoreError, CountsError
         If it cannot be read, or could not be trained on.
     """
-    from rayvaec.data.members import open_members  # brings anndata
+    from rayvaec.data.inputs.zarr_reader import open_members  # brings anndata
 
     members = open_members(where, open_blobs(where))
     first, n_cells = members[0], sum(member.n_cells for member in members)

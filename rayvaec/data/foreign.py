@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from rayvaec.data.collection import DESCRIPTION, Partition, Store
+from rayvaec.data.inputs.zarr_reader import CastVector, CodedColumn, Member, open_members
 from rayvaec.data.lanes import permutation
 from rayvaec.data.manifest import Manifest, PartitionInfo, Segment
-from rayvaec.data.members import CastVector, CodedColumn, Member, open_members
 from rayvaec.data.partition import CountsDtypes
 from rayvaec.data.registry import Registry
 from rayvaec.data.remote import open_blobs

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from rayvaec.data.inputs import Input
+from rayvaec.data.inputs.reader import Input
 from rayvaec.data.names import choices, listing
 from rayvaec.data.registry import Registry, inverse, refuse_duplicates
 from rayvaec.errors import ConfigError, CountsError

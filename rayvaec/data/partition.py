@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayvaec.data.checksums import folder_checksums, joint_checksum
-from rayvaec.data.elements import check_codec, create_anndata, write_csr, write_frame
+from rayvaec.data.inputs.writer import check_codec, create_anndata, write_csr, write_frame
 from rayvaec.data.manifest import Manifest, PartitionInfo
 from rayvaec.data.registry import Registry
 from rayvaec.errors import ConfigError, StoreError

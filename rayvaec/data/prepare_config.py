@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rayvaec.data.elements import check_codec
+from rayvaec.data.inputs.writer import check_codec
 from rayvaec.errors import ConfigError
 
 PARTITION_ELEMENTS = 64_000_000

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from rayvaec.data.counts import as_counts
+from rayvaec.data.inputs.counts import as_counts
 from rayvaec.data.names import choices, listing
 from rayvaec.errors import CountsError
 
@@ -256,7 +256,7 @@ class Registry:
         CountsError
             If a value is no count, genes are missing, or a label is missing or unknown.
         """
-        import rayvaec.data.align as align  # brings scipy, which a training worker does without
+        from rayvaec.data.inputs import align  # brings scipy, which a training worker does without
 
         key = labels_key or self.labels_key
         x, genes = align.matrix_in_memory(adata, layer, where)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rayvaec.data.collection import DESCRIPTION, SPLITS, Partition, Rows, Store
 from rayvaec.data.groups import COLLECTION, group_attributes
+from rayvaec.data.inputs.obs_keys import ObsKeys
 from rayvaec.data.manifest import Manifest
-from rayvaec.data.obs_keys import ObsKeys
 from rayvaec.data.remote import open_blobs
 from rayvaec.errors import StoreError
 from rayvaec.location import Location, Url, location

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from rayvaec.data.align import align_columns, place_in_csr
-from rayvaec.data.counts import as_counts
 from rayvaec.data.gene_choice import choose_genes, columns_of
-from rayvaec.data.inputs import Input
-from rayvaec.data.obs_columns import read_batches, read_labels, refuse_nothing
+from rayvaec.data.inputs.align import align_columns, place_in_csr
+from rayvaec.data.inputs.counts import as_counts
+from rayvaec.data.inputs.obs import read_batches, read_labels, refuse_nothing
+from rayvaec.data.inputs.reader import Input
 from rayvaec.data.registry import Registry
 from rayvaec.data.survey_notes import SurveyNotes
 from rayvaec.data.workspace import Workspace

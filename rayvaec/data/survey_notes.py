@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from rayvaec.data.cell_names import name_hashes
+from rayvaec.data.inputs.cell_names import name_hashes
 from rayvaec.data.workspace import Workspace, append_durably
 
 

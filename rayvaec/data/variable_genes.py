@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from skmisc.loess import loess
 
 from rayvaec.compiled import compiled
-from rayvaec.data.inputs import Input
+from rayvaec.data.inputs.reader import Input
 from rayvaec.data.survey import Names, aligned_blocks
 from rayvaec.errors import ConfigError, CountsError
 from rayvaec.progress import Progress

@@ -14,8 +14,8 @@ import numpy as np
 import zarr
 
 import rayvaec
+from rayvaec.data.inputs.obs_keys import ObsKeys
 from rayvaec.data.names import listing
-from rayvaec.data.obs_keys import ObsKeys
 from rayvaec.data.store import Store, open_store
 from rayvaec.errors import ConfigError
 from rayvaec.files import bring_back, check_free, remove

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rayvaec.data.align import obs_column
+from rayvaec.data.inputs.align import obs_column
 from rayvaec.data.registry import is_missing
 from rayvaec.errors import ConfigError
 from rayvaec.infer import correlation, vamp

@@ -17,7 +17,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
-from rayvaec.data.elements import create_anndata, write_frame, write_strings
+from rayvaec.data.inputs.writer import create_anndata, write_frame, write_strings
 from rayvaec.data.registry import Registry
 from rayvaec.infer.quantities import Width
 

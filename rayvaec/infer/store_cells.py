@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from rayvaec.data.align import align_columns
+from rayvaec.data.inputs.align import align_columns
 from rayvaec.data.names import choices, listing
 from rayvaec.data.registry import Registry, inverse
 from rayvaec.data.store import Rows, Store

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from rayvaec.data.align import align_columns, place_in_csr, refuse_missing
-from rayvaec.data.counts import as_counts
+from rayvaec.data.inputs.align import align_columns, place_in_csr, refuse_missing
+from rayvaec.data.inputs.counts import as_counts
 from rayvaec.data.names import choices, listing
 from rayvaec.data.registry import Registry, inverse
 from rayvaec.errors import CountsError, RequestError

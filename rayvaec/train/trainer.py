@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayvaec.data.obs_keys import ObsKeys
+from rayvaec.data.inputs.obs_keys import ObsKeys
 from rayvaec.data.store import DESCRIPTION, Store, open_store
 from rayvaec.errors import ConfigError, RayvaecError, StoreError
 from rayvaec.files import remove

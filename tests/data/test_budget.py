@@ -20,7 +20,7 @@ from rayvaec.data.budget import (
     show_bytes,
 )
 from rayvaec.data.build import PrepareConfig, prepare
-from rayvaec.data.inputs import Input
+from rayvaec.data.inputs.reader import Input
 from rayvaec.data.partition import CountsDtypes
 from rayvaec.errors import ConfigError
 

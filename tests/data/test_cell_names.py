@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayvaec.data.cell_names import UniqueNames, name_hashes
+from rayvaec.data.inputs.cell_names import UniqueNames, name_hashes
 
 NAMES = st.lists(st.sampled_from(["A", "B", "A-1", "A-2", "A-1-1", "A-3", "-1", ""]), max_size=40)
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from rayvaec.data.counts import LARGEST_COUNT, as_counts
+from rayvaec.data.inputs.counts import LARGEST_COUNT, as_counts
 from rayvaec.errors import CountsError
 
 DTYPES = ["u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8"]

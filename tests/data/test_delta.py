@@ -18,10 +18,10 @@ from zarr.codecs.numcodecs import Delta
 
 from rayvaec.data.blobs import LocalBlobs
 from rayvaec.data.delta import undo_delta, without_delta_warning
-from rayvaec.data.elements import create_vector
-from rayvaec.data.inputs import Input
+from rayvaec.data.inputs.obs_keys import ObsKeys
+from rayvaec.data.inputs.reader import Input
+from rayvaec.data.inputs.writer import create_vector
 from rayvaec.data.loader import Loader
-from rayvaec.data.obs_keys import ObsKeys
 from rayvaec.data.shards import ShardedVector, ZarrVector, open_vector
 from rayvaec.data.store import open_store
 from rayvaec.errors import StoreError

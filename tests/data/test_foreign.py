@@ -21,7 +21,7 @@ from rayvaec.cli import main
 from rayvaec.data import Loader, open_store
 from rayvaec.data.audit import label_distance
 from rayvaec.data.foreign import split
-from rayvaec.data.obs_keys import ObsKeys
+from rayvaec.data.inputs.obs_keys import ObsKeys
 from rayvaec.errors import ConfigError, CountsError, StoreError
 from rayvaec.train.trainer import _open
 

@@ -8,7 +8,7 @@ import pytest
 import zarr
 from scipy import sparse
 
-from rayvaec.data.inputs import Input
+from rayvaec.data.inputs.reader import Input
 from rayvaec.errors import CountsError
 
 
@@ -258,7 +258,7 @@ def test_ranges_made_for_more_memory_are_made_again(write_input, counts, tmp_pat
 
 
 def test_long_columns_of_text_are_read_in_parts(counts, tmp_path, monkeypatch):
-    monkeypatch.setattr("rayvaec.data.inputs.NAMES_BLOCK", 7)
+    monkeypatch.setattr("rayvaec.data.inputs.reader.NAMES_BLOCK", 7)
     labels = [f"t{row * 7 % 11}" for row in range(30)]
     frame = pd.DataFrame({"cell_type": labels}, index=[f"c{row}" for row in range(30)])
     path = tmp_path / "a.h5ad"

@@ -62,7 +62,7 @@ def test_codecs_types_and_checksums_on_disk(make_store, codec, cname):
 
 
 def test_large_arrays_are_cut_into_shards(make_store, monkeypatch):
-    monkeypatch.setattr("rayvaec.data.elements.SHARD_BYTES", 4096)
+    monkeypatch.setattr("rayvaec.data.inputs.writer.SHARD_BYTES", 4096)
     store = make_store(rows_per_chunk=1)
     assert len(list((store.path / "dataset_1/X/data/c").iterdir())) > 1
     part = anndata.read_zarr(store.path / "dataset_1")

@@ -15,7 +15,7 @@ import pytest
 
 from rayvaec.data import workspace
 from rayvaec.data.build import PrepareConfig, prepare
-from rayvaec.data.inputs import Input
+from rayvaec.data.inputs.reader import Input
 from rayvaec.data.store import open_store
 from rayvaec.errors import ConfigError, CountsError, StoreError
 
@@ -81,7 +81,7 @@ def inputs(write_input, counts):
 
 
 POINTS = [
-    ("rayvaec.data.transpose:_columns", 2, "0 cells are checked"),
+    ("rayvaec.data.inputs.csc:_columns", 2, "0 cells are checked"),
     ("rayvaec.data.survey_notes:SurveyNotes.save", 5, "cells are checked"),
     ("rayvaec.data.scatter:_Block.write", 13, "0 of 5 partitions are written"),
     ("rayvaec.data.partition_jobs:write_partition", 3, "2 of 5 partitions are written"),
@@ -222,7 +222,7 @@ FULL = [
     "rayvaec.data.scatter._Block.write",
     "rayvaec.data.partition.create_anndata",
     "rayvaec.data.partition.write_json",
-    "rayvaec.data.transpose.np.save",
+    "rayvaec.data.inputs.csc.np.save",
 ]
 
 

@@ -12,7 +12,7 @@ from skmisc.loess import loess
 
 from rayvaec.data.build import PrepareConfig, prepare
 from rayvaec.data.describe import describe_store
-from rayvaec.data.inputs import Input
+from rayvaec.data.inputs.reader import Input
 from rayvaec.data.store import open_store
 from rayvaec.data.survey import read_names
 from rayvaec.data.variable_genes import most_variable, top_genes

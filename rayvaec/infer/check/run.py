@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import rayvaec
+from rayvaec.data.inputs.obs_keys import ObsKeys
 from rayvaec.data.names import listing
-from rayvaec.data.obs_keys import ObsKeys
 from rayvaec.data.store import Store, open_store
 from rayvaec.errors import ConfigError, ModelError, RayvaecError, StoreError
 from rayvaec.files import bring_back, check_free

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from rayvaec.data.counts import LARGEST_COUNT
+from rayvaec.data.inputs.counts import LARGEST_COUNT
 from rayvaec.data.names import choices, listing
 from rayvaec.errors import CountsError
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from rayvaec.data.inputs import Column, Input
+from rayvaec.data.inputs.reader import Column, Input
 from rayvaec.data.names import listing
 from rayvaec.errors import CountsError
 

@@ -21,10 +21,10 @@ from anndata.io import read_elem
 from numpy.typing import NDArray
 from scipy import sparse
 
-from rayvaec.data.align import check_offsets, check_positions
 from rayvaec.data.delta import without_delta_warning
+from rayvaec.data.inputs.align import check_offsets, check_positions
+from rayvaec.data.inputs.csc import csc_rows
 from rayvaec.data.names import choices, listing
-from rayvaec.data.transpose import csc_rows
 from rayvaec.errors import CountsError
 from rayvaec.files import FULL_DISK
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from rayvaec.data.align import check_offsets, check_positions
+from rayvaec.data.inputs.align import check_offsets, check_positions
 from rayvaec.files import remove
 from rayvaec.progress import Progress
 
