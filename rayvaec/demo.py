@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from rayvaec.client import Client
+from rayvaec.data.lock import WriteLock
 from rayvaec.errors import RayvaecError
 from rayvaec.files import check_free, remove
 
@@ -38,9 +39,15 @@ def demo(out: Path, n_cells: int = 20_000, overwrite: bool = False) -> None:
     RayvaecError
         If a step fails.
     """
-    check_free(out, overwrite)
-    remove(out)
-    out.mkdir(parents=True)
+    with WriteLock(out):
+        check_free(out, overwrite)
+        remove(out)
+        out.mkdir()
+        _demo(out, n_cells)
+
+
+def _demo(out: Path, n_cells: int) -> None:
+    """Make everything in an empty folder."""
     started = time.monotonic()
     atlas, store, run, drawn = (
         str(out / name) for name in ("atlas.h5ad", "store", "run", "drawn.zarr")

@@ -53,8 +53,9 @@ def whole_output(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """Give a name beside `path` to write to; rename it to `path` on success.
 
     On an error whatever was written is removed, folders made for it included, and an output that
-    stood at `path` still stands. A kill between the two renames leaves a replaced output beside
-    its place: `bring_back` knows where.
+    stood at `path` still stands. So does one that appeared there meanwhile, unless it may be
+    overwritten. A kill between the two renames leaves a replaced output beside its place:
+    `bring_back` knows where.
 
     Parameters
     ----------
@@ -80,6 +81,7 @@ def whole_output(path: Path, overwrite: bool = False) -> Iterator[Path]:
     remove(partial)
     try:
         yield partial
+        check_free(path, overwrite)
         put_in_place(partial, path)
     except BaseException:
         remove(partial)
@@ -123,9 +125,11 @@ def bring_back(path: Path) -> None:
     path : Path
         Where the output stands, or stood. No other process may be writing it.
     """
-    ours = re.compile(rf"\.{re.escape(path.name)}\.\w+(\{PARTIAL}|\{REPLACED})")
+    ours = re.compile(rf"\.{re.escape(path.name)}\.(\w+)(\{PARTIAL}|\{REPLACED})")
     for left in path.parent.glob(".*"):
-        if not ours.fullmatch(left.name):
+        found = ours.fullmatch(left.name)
+        # A folder `.out.zarr.partial` is not of `out` but what `prepare` has of `out.zarr`.
+        if found is None or (left.is_dir() and not found[1].isdigit()):
             continue
         if left.name.endswith(REPLACED) and not path.exists():
             left.rename(path)

@@ -79,6 +79,7 @@ def test_an_output_is_never_missing_while_it_is_replaced(tmp_path, monkeypatch):
 
 def test_only_what_belongs_to_an_output_is_brought_back_or_removed(tmp_path, monkeypatch):
     others = {".out.backup", ".out.zarr.7.partial", ".outer.7.replaced", "out.7.partial"}
+    others |= {".out.zarr.partial", ".out.h5ad.replaced"}
     for name in others:
         (tmp_path / name).mkdir()
     with monkeypatch.context() as patch:
@@ -86,9 +87,23 @@ def test_only_what_belongs_to_an_output_is_brought_back_or_removed(tmp_path, mon
         patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(InterruptedError))
         with pytest.raises(InterruptedError):
             write_json(tmp_path / "out", {})
-    assert len(os.listdir(tmp_path)) == 5
+    assert len(os.listdir(tmp_path)) == len(others) + 1
     bring_back(tmp_path / "out")
     assert set(os.listdir(tmp_path)) == others
+
+
+def test_an_output_that_appears_meanwhile_is_replaced_only_where_that_is_allowed(tmp_path):
+    def write(overwrite):
+        with whole_output(tmp_path / "out", overwrite) as partial:
+            partial.write_text("mine")
+            (tmp_path / "out").write_text("theirs")
+
+    with pytest.raises(StoreError, match="out exists already"):
+        write(overwrite=False)
+    assert (tmp_path / "out").read_text() == "theirs"
+    assert os.listdir(tmp_path) == ["out"]
+    write(overwrite=True)
+    assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_json_is_replaced_at_once(tmp_path, monkeypatch):

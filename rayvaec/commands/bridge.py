@@ -25,22 +25,26 @@ def add_bridge(verbs: Verbs) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
+    from rayvaec.data.lock import WriteLock
     from rayvaec.infer.trained import load_model
     from rayvaec.model.scvi import import_model
 
-    import_model(arguments.folder, arguments.out, arguments.overwrite)
+    with WriteLock(arguments.out):
+        import_model(arguments.folder, arguments.out, arguments.overwrite)
     print(load_model(arguments.out).describe())
     print(f"next: rayvaec serve {arguments.out}")
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    from rayvaec.data.lock import WriteLock
     from rayvaec.model.scvi import export_condscvi
 
-    opened_by = export_condscvi(
-        arguments.model,
-        arguments.out,
-        layer=arguments.layer,
-        keep_prior=arguments.keep_prior,
-        overwrite=arguments.overwrite,
-    )
+    with WriteLock(arguments.out):
+        opened_by = export_condscvi(
+            arguments.model,
+            arguments.out,
+            layer=arguments.layer,
+            keep_prior=arguments.keep_prior,
+            overwrite=arguments.overwrite,
+        )
     print(f"wrote {arguments.out}; {opened_by}")

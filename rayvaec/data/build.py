@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -115,9 +115,9 @@ def prepare(
     check_job_paths([*inputs, out])
     _check_inputs(inputs, out)
     out = out.absolute()
-    if not append and not (resume and Workspace(out).read("manifest")):
-        check_free(out, overwrite)
-    with _folder_for(out), WriteLock(out), ExitStack() as stack:
+    with WriteLock(out), ExitStack() as stack:
+        if not append and not (resume and Workspace(out).read("manifest")):
+            check_free(out, overwrite)
         old = read_old(out) if append else None
         if old is not None and resume and _is_appended(out, old):
             remove(Workspace(out).folder)
@@ -149,20 +149,6 @@ def _check_inputs(inputs: Sequence[Path], out: Path) -> None:
         if source in seen:
             raise ConfigError(f"the input {path} is given twice", "give it once")
         seen.add(source)
-
-
-@contextmanager
-def _folder_for(out: Path) -> Iterator[None]:
-    """Make the folder that `out` lies in; after an error, remove it if nothing is left in it."""
-    new_folders = [folder for folder in out.parents if not folder.exists()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):  # unfinished work, or what somebody else has put there
-            for folder in new_folders:
-                folder.rmdir()
-        raise
 
 
 def _is_appended(out: Path, old: OldStore) -> bool:

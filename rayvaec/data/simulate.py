@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from rayvaec.data.lock import WriteLock
 from rayvaec.errors import ConfigError
-from rayvaec.files import check_free, whole_output
+from rayvaec.files import whole_output
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -168,9 +169,8 @@ def write_atlas(
 
     if out.suffix not in (".h5ad", ".zarr"):
         raise ConfigError(f"--out {out} is no format to write", "use a name in .h5ad or .zarr")
-    check_free(out, overwrite)
-    adata = simulate(n_cells, n_genes, n_labels, n_batches, seed, mean_library)
-    with whole_output(out, overwrite) as partial:
+    with WriteLock(out), whole_output(out, overwrite) as partial:
+        adata = simulate(n_cells, n_genes, n_labels, n_batches, seed, mean_library)
         if out.suffix == ".zarr":
             with anndata.settings.override(auto_shard_zarr_v3=True):
                 write_elem(zarr.open_group(partial, mode="w", zarr_format=3), "/", adata)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rayvaec.data.inputs.obs_keys import ObsKeys
+from rayvaec.data.lock import WriteLock
 from rayvaec.data.store import DESCRIPTION, Store, open_store
 from rayvaec.errors import ConfigError, RayvaecError, StoreError
 from rayvaec.files import remove
@@ -107,7 +108,8 @@ def train(
     Raises
     ------
     StoreError
-        If the store cannot be trained on, `out` is in the way, or there is nothing to resume.
+        If the store cannot be trained on, `out` is in the way or another process writes it, or
+        there is nothing to resume.
     ConfigError
         If the configuration contradicts the resumed run, or asks for more CPUs or GPUs than
         there are.
@@ -120,23 +122,40 @@ def train(
     out = Path(out).absolute()
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other", "give one of them")
+    with WriteLock(out):
+        keys = (labels_key, batch_key)
+        summary, started_at = _train(where, out, config, keys, resume, overwrite)
+    # Nothing was left to do where there was no first step.
+    startup = 0.0 if started_at is None else started_at - called
+    return _result(out, summary, startup_seconds=startup)
+
+
+def _train(
+    where: Location,
+    out: Path,
+    config: TrainConfig | None,
+    keys: tuple[str | None, str | None],
+    resume: bool,
+    overwrite: bool,
+) -> tuple[dict[str, Any], float | None]:
+    """Train as `train` does, whose caller holds the run's lock; as `_fit_and_follow`."""
     if not resume:
         folder.check_new(out, overwrite)  # before a store is surveyed, which may take long
-    opened = _open(where, out if resume else None, labels_key, batch_key)
+    opened = _open(where, out if resume else None, *keys)
     if resume:
         config = folder.check_resumable(out, opened, config)
     config = (config or TrainConfig()).resolved(opened.n_train)
     done = folder.finished(out, config) if resume else None
     if done is not None:
         logger.info("the run %s is finished: a larger --max-epochs goes on with it", out)
-        return _result(out, done, startup_seconds=0.0)
+        return done, None
     if starts_ray():
         check_resources(config)  # now, not when Ray has been started
     with ray_session():
         summary, started_at = _run(opened, out, config, resume)
     with suppress(OSError):  # storage that goes away now takes nothing that is still needed
         drop_old_checkpoints(out / folder.CHECKPOINTS, CHECKPOINTS_KEPT)
-    return _result(out, summary, startup_seconds=started_at - called)
+    return summary, started_at
 
 
 def _run(

@@ -85,6 +85,52 @@ def test_many_who_want_it_get_it_one_after_the_other(tmp_path):
     assert set(together) == {1}
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_folders_made_for_an_output_go_away_if_the_work_fails(tmp_path, kept):
+    out = tmp_path / "a" / "b" / "store"
+
+    def fail():
+        with WriteLock(out):
+            if kept:
+                out.write_text("unfinished")
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        fail()
+    assert [*tmp_path.rglob("*")] == ([out.parents[1], out.parent, out] if kept else [])
+    with WriteLock(out):
+        pass
+    assert out.parent.is_dir()
+
+
+def test_what_a_killed_writer_left_is_settled_by_the_next(tmp_path):
+    (tmp_path / ".store.7.replaced").write_text("old")  # killed between its two renames
+    (tmp_path / ".store.7.partial").write_text("half")
+    with WriteLock(tmp_path / "store"):
+        assert sorted(os.listdir(tmp_path)) == [".store.lock", "store"]
+        assert (tmp_path / "store").read_text() == "old"
+
+
+def test_two_names_of_one_output_are_one_output(tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "link").symlink_to("store")
+    refused = pytest.raises(StoreError, match=f"process {os.getpid()} on .*is writing .*link")
+    with WriteLock(tmp_path / "store"), refused:
+        WriteLock(tmp_path / "link").__enter__()
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match=r"file cannot be written to \(.*\); choose another"):
+        WriteLock(tmp_path / "file" / "store").__enter__()
+
+
+def test_a_writer_that_was_taken_for_dead_does_not_unlock_the_next(tmp_path):
+    with WriteLock(tmp_path / "store"):
+        named(tmp_path, "node-7", 123, 0)  # on a file system without locks between machines
+    assert json.loads((tmp_path / ".store.lock").read_text())["pid"] == 123
+
+
 def named(tmp_path, host: str, pid: int, seconds_ago: float) -> None:
     """Leave the lock file of another machine, which the kernel's lock does not know of."""
     path = tmp_path / ".store.lock"
@@ -93,17 +139,17 @@ def named(tmp_path, host: str, pid: int, seconds_ago: float) -> None:
 
 
 def test_a_writer_on_another_machine_is_known_by_its_file(tmp_path):
-    named(tmp_path, "node-7", 123, lock.SILENT_S - 30)
+    named(tmp_path, "node-7", 123, lock.EXPIRY_S - 30)
     with pytest.raises(StoreError, match=r"process 123 on node-7 \(since 2017-07-14 .*is writing"):
         WriteLock(tmp_path / "store").__enter__()
-    named(tmp_path, "node-7", 123, lock.SILENT_S + 30)
+    named(tmp_path, "node-7", 123, lock.EXPIRY_S + 30)
     with WriteLock(tmp_path / "store"):
         assert json.loads((tmp_path / ".store.lock").read_text())["pid"] == os.getpid()
     assert not list(tmp_path.iterdir())
 
 
 def test_the_file_is_touched_while_its_writer_lives(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "BEAT_S", 0.01)
+    monkeypatch.setattr(lock, "HEARTBEAT_S", 0.01)
     with WriteLock(tmp_path / "store"):
         os.utime(tmp_path / ".store.lock", (1, 1))
         deadline = time.monotonic() + 20
