@@ -8,6 +8,16 @@
     ├── StoreError          a training store or another output folder    (exit code 2)
     ├── ModelError          a saved model, or data that does not fit it  (exit code 2)
     └── RequestError        an HTTP request, seen by server or client    (exit code 2)
+        ├── UndecodableError            400, the body cannot be decoded
+        ├── UnauthorizedError           401, no token, or a wrong one
+        ├── NotAcceptableError          406, no media type of Accept can be given
+        ├── PayloadTooLargeError        413, body, work or answer above a limit
+        ├── UnsupportedMediaTypeError   415, Content-Type or Content-Encoding
+        ├── UnprocessableError          422, values that do not fit the model or each other
+        ├── TooManyRequestsError        429, no place for another request
+        ├── BrokenAnswerError           502, an answer that is not whole
+        ├── UnavailableError            503, the server is stopping
+        └── TimedOutError               504, no answer within the time limit
 """
 
 from __future__ import annotations
@@ -60,32 +70,94 @@ class ModelError(RayvaecError):
 
 
 class RequestError(RayvaecError):
-    """An HTTP request that was refused.
+    """An HTTP request that was refused; its subclasses carry the usual status and name.
 
     Parameters
     ----------
     detail, fix : str
         As in `RayvaecError`.
-    status : int
-        HTTP status code.
-    error : str
-        Short machine-readable name, such as ``"unknown_label"``.
+    status : int, optional
+        HTTP status code; the class's own by default.
+    error : str, optional
+        Short machine-readable name, such as ``"unknown_label"``; the class's own by default.
     request_id : str
         The server's identifier of the request, empty where none was given.
     """
 
     exit_code = 2
+    status = 400
+    error = "bad_request"
 
     def __init__(
         self,
         detail: str,
         fix: str = "",
-        status: int = 400,
-        error: str = "bad_request",
+        status: int | None = None,
+        error: str | None = None,
         request_id: str = "",
     ) -> None:
         super().__init__(detail, fix)
-        self.args = (detail, fix, status, error, request_id)
-        self.status = status
-        self.error = error
+        self.status = type(self).status if status is None else status
+        self.error = type(self).error if error is None else error
         self.request_id = request_id
+        self.args = (detail, fix, self.status, self.error, request_id)
+
+
+class UndecodableError(RequestError):
+    """A body that cannot be decoded."""
+
+    error = "undecodable"
+
+
+class UnauthorizedError(RequestError):
+    """A request without the token that is needed."""
+
+    status, error = 401, "unauthorized"
+
+
+class NotAcceptableError(RequestError):
+    """A request for an answer of a media type that cannot be given."""
+
+    status, error = 406, "not_acceptable"
+
+
+class PayloadTooLargeError(RequestError):
+    """A body, work or an answer above a limit, which the message names."""
+
+    status, error = 413, "too_large"
+
+
+class UnsupportedMediaTypeError(RequestError):
+    """A body of a media type or encoding that is not understood."""
+
+    status, error = 415, "unsupported_media_type"
+
+
+class UnprocessableError(RequestError):
+    """Counts, labels, genes or parameters that do not fit the model or each other."""
+
+    status, error = 422, "invalid_request"
+
+
+class TooManyRequestsError(RequestError):
+    """A request for which there is no place at the moment."""
+
+    status, error = 429, "queue_full"
+
+
+class BrokenAnswerError(RequestError):
+    """An answer that is not whole, or not what its request asked for."""
+
+    status, error = 502, "broken_answer"
+
+
+class UnavailableError(RequestError):
+    """A request that came while the server was stopping."""
+
+    status, error = 503, "stopping"
+
+
+class TimedOutError(RequestError):
+    """A request whose answer did not begin within the time limit."""
+
+    status, error = 504, "timeout"

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pickle
 
+import pytest
+
 from rayvaec import errors
-from rayvaec.errors import RayvaecError, RequestError
+from rayvaec.errors import RayvaecError, RequestError, UnprocessableError
 
 
 def test_a_message_is_one_line_of_what_and_how_to_mend_it():
@@ -24,3 +26,23 @@ def test_errors_survive_the_way_between_processes():
     assert vars(copy) == vars(error)
     assert str(copy) == "no; yes"
     assert str(pickle.loads(pickle.dumps(RayvaecError("a", "b")))) == "a; b"
+
+
+def subclasses(base: type[RequestError]) -> list[type[RequestError]]:
+    return [base, *(each for below in base.__subclasses__() for each in subclasses(below))]
+
+
+@pytest.mark.parametrize("kind", subclasses(RequestError), ids=lambda kind: kind.__name__)
+def test_an_error_of_a_request_has_its_own_status_and_name(kind):
+    error = kind("no", "yes")
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is kind
+    assert (copy.status, copy.error) == (kind.status, kind.error)
+    assert 400 <= error.status < 600
+
+
+def test_the_name_of_an_error_may_be_narrower_than_that_of_its_class():
+    error = UnprocessableError("3 counts for 2 genes", "give one each", error="ragged_arrays")
+    copy = pickle.loads(pickle.dumps(error))
+    assert (copy.status, copy.error) == (422, "ragged_arrays")
+    assert UnprocessableError.error == "invalid_request"
