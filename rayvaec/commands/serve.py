@@ -23,6 +23,13 @@ def add_serve(verbs: Verbs) -> None:
         help="processes; 1-4: as the load asks",
     )
     verb.add_argument("--token-file", type=Path, metavar="FILE", help="or RAYVAEC_TOKEN")
+    verb.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="a name that requests may be sent to, beside this machine's own; may be repeated",
+    )
     verb.add_argument("--use-gpu", action="store_true", help="one GPU a replica")
     verb.set_defaults(run=_serve)
 
@@ -37,5 +44,6 @@ def _serve(arguments: argparse.Namespace) -> None:
         port=arguments.port,
         num_replicas=arguments.num_replicas,
         token_file=arguments.token_file,
+        allowed_hosts=arguments.allowed_host,
         use_gpu=arguments.use_gpu,
     )

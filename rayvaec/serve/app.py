@@ -6,13 +6,10 @@ import errno
 import logging
 import os
 import shlex
-import signal
 import socket
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
 from prometheus_client import Metric
@@ -26,12 +23,14 @@ from rayvaec.runtime import ray_session, usable_cpus
 from rayvaec.serve import front
 from rayvaec.serve.auth import TOKEN_VARIABLE, check_bind, token_digest
 from rayvaec.serve.guard import log_with_serve
+from rayvaec.serve.hosts import AllowedHosts
 from rayvaec.serve.limits import Limits
 from rayvaec.serve.metrics import Metrics
 from rayvaec.serve.models import ONLY_NAME, check_names
 from rayvaec.serve.replicas import cpus_per_replica, replica_range, scaling
 from rayvaec.serve.routes import create_app
 from rayvaec.serve.service import Service, Threads
+from rayvaec.serve.signals import StoppedEarly, stopped_by_signals
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -55,6 +54,8 @@ class ServeArgs(BaseModel):
         File with the token, as every node sees it; by default RAYVAEC_TOKEN of the replicas.
     token_sha256 : str, optional
         SHA-256 of the token, in place of the token itself.
+    allowed_hosts : list of str
+        Host names that requests may be sent to, beside loopback; with a token, any by default.
     num_replicas : int or str
         Processes that hold the models and answer requests; ``"1-4"``: as many as the load asks for.
     cpus_per_replica : float
@@ -71,6 +72,7 @@ class ServeArgs(BaseModel):
     models: dict[str, str] = {}
     token_file: str | None = None
     token_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    allowed_hosts: list[str] = []
     num_replicas: int | str = 1
     cpus_per_replica: float = Field(1.0, gt=0)
     use_gpu: bool = False
@@ -81,6 +83,7 @@ class ServeArgs(BaseModel):
         if (self.model is None) == (not self.models):
             raise ValueError("needs model: FOLDER or models: {NAME: FOLDER, ...}, one of the two")
         check_names(self.named_models)
+        AllowedHosts(self.allowed_hosts, has_token=False)
         replica_range(self.num_replicas)
         return self
 
@@ -105,6 +108,7 @@ class Endpoint:
 
         torch.set_num_threads(max(int(args.cpus_per_replica), 1))
         self._token_digest = args.token_sha256 or token_digest(args.token_file)
+        self._allowed_hosts = args.allowed_hosts
         self._limits, threads = args.limits, Threads(args.limits)
         self._services: dict[str, Service] = {}
         for name, folder in args.named_models.items():
@@ -118,7 +122,10 @@ class Endpoint:
         """Return the application; Ray Serve calls this once the models are loaded."""
         # The proxy in front adds X-Request-ID to every answer.
         app = create_app(
-            *(self._services, self._limits, self._token_digest),
+            self._services,
+            self._limits,
+            self._token_digest,
+            allowed_hosts=self._allowed_hosts,
             behind_proxy=True,
             replica=serve.get_replica_context().replica_id.unique_id,
             replicas=self._replicas,
@@ -185,6 +192,7 @@ def run(
     num_replicas: int | str = 1,
     use_gpu: bool = False,
     token_file: str | Path | None = None,
+    allowed_hosts: Sequence[str] = (),
 ) -> None:
     """Serve models until SIGINT or SIGTERM; requests in work are finished before it returns.
 
@@ -202,6 +210,8 @@ def run(
         Whether each replica takes a GPU.
     token_file : str or Path, optional
         File with the token that requests need; by default RAYVAEC_TOKEN, if it is set.
+    allowed_hosts : sequence of str
+        Host names that requests may be sent to, beside loopback; with a token, any by default.
 
     Raises
     ------
@@ -213,6 +223,7 @@ def run(
         If the replicas do not start.
     """
     check_names(models)
+    AllowedHosts(allowed_hosts, has_token=False)
     paths = {name: Path(folder).resolve() for name, folder in models.items()}
     registries = {name: load_model(path).registry for name, path in paths.items()}
     digest = token_digest(token_file)
@@ -223,17 +234,18 @@ def run(
         port = check_port(host, port)
         cpus = cpus_per_replica(most, use_gpu, *_own_resources())
         os.environ.update({**front.environment(most * Limits().max_requests), **os.environ})
-    with _stopped_by_signals() as stopped:
+    with stopped_by_signals() as stopped:
         folders = ", ".join(map(str, paths.values()))
         print(f"loading {folders} on {num_replicas} replica(s)", flush=True)
         try:
             with ray_session():
-                _take_signals(stopped)  # Ray puts its own handler for SIGTERM
+                stopped.take_signals()  # Ray puts its own handler for SIGTERM
                 if joined:
                     cpus = cpus_per_replica(most, use_gpu, *_cluster_resources())
                 args = ServeArgs(
                     models={name: str(path) for name, path in paths.items()},
                     token_sha256=digest,
+                    allowed_hosts=list(allowed_hosts),
                     num_replicas=num_replicas,
                     cpus_per_replica=1.0 if joined else cpus,
                     use_gpu=use_gpu,
@@ -242,7 +254,7 @@ def run(
                     _announce(registries, host, port, digest is not None)
                     stopped.wait()
                     print("stopping: finishing the requests in work", flush=True)
-        except _StoppedEarly:
+        except StoppedEarly:
             print("stopped before the endpoint was ready", flush=True)
 
 
@@ -326,47 +338,6 @@ def _deployed(args: ServeArgs, host: str, port: int) -> Iterator[None]:
 def _last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:300] if lines else type(error).__name__
-
-
-class _StoppedEarly(BaseException):
-    """A signal came before the endpoint was ready."""
-
-
-@contextmanager
-def _stopped_by_signals() -> Iterator[_Stop]:
-    """Give an object that waits for SIGINT or SIGTERM; put the former handlers back at the end."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    stopped = _Stop()
-    _take_signals(stopped)
-    try:
-        yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _take_signals(stopped: _Stop) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stopped)
-
-
-class _Stop:
-    """A handler of signals: it ends `wait`, or what comes before `wait`."""
-
-    def __init__(self) -> None:
-        self._event = threading.Event()
-        self._waiting = False
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        first = not self._event.is_set()
-        self._event.set()
-        if first and not self._waiting:
-            raise _StoppedEarly
-
-    def wait(self) -> None:
-        """Return once a signal has come."""
-        self._waiting = True
-        self._event.wait()
 
 
 def _announce(registries: Mapping[str, Registry], host: str, port: int, token: bool) -> None:

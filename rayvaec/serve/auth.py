@@ -98,21 +98,39 @@ def is_loopback(host: str) -> bool:
         False as well for a name that cannot be resolved.
     """
     try:
-        return _loopback_address(host)
+        return _is_loopback(ipaddress.ip_address(host))
     except ValueError:
         pass
     try:
         found = socket.getaddrinfo(host, None)
     except OSError:
         return False
-    return all(_loopback_address(str(entry[4][0])) for entry in found)
+    return all(is_loopback_address(str(entry[4][0])) for entry in found)
 
 
-def _loopback_address(address: str) -> bool:
-    parsed = ipaddress.ip_address(address)
-    if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
-        parsed = parsed.ipv4_mapped
-    return parsed.is_loopback
+def is_loopback_address(text: str) -> bool:
+    """Return whether a text is an IP address that can only be reached from this machine.
+
+    Parameters
+    ----------
+    text : str
+        Such as ``"127.0.0.1"``, ``"::1"`` or ``"::ffff:127.0.0.1"``.
+
+    Returns
+    -------
+    bool
+        False for names.
+    """
+    try:
+        return _is_loopback(ipaddress.ip_address(text))
+    except ValueError:
+        return False
+
+
+def _is_loopback(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        return address.ipv4_mapped.is_loopback
+    return address.is_loopback
 
 
 def arrived_on_loopback(server: tuple[str, int | None] | None) -> bool:
@@ -128,10 +146,7 @@ def arrived_on_loopback(server: tuple[str, int | None] | None) -> bool:
     bool
         False where that is not known.
     """
-    try:
-        return server is not None and _loopback_address(server[0])
-    except ValueError:
-        return False
+    return server is not None and is_loopback_address(server[0])
 
 
 def check_bind(host: str, has_token: bool) -> None:

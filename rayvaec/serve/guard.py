@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayvaec.errors import CountsError, ModelError, RayvaecError, RequestError
 from rayvaec.serve.auth import TOKEN_VARIABLE, arrived_on_loopback, authorized
+from rayvaec.serve.hosts import AllowedHosts
 from rayvaec.serve.limits import Gate
 from rayvaec.serve.metrics import OTHER, Metrics
 from rayvaec.serve.page import PATHS as PAGE_PATHS
@@ -92,6 +93,8 @@ class Guard:
         Addresses of the routes; metrics and logs tell no others apart.
     token_digest : str, optional
         SHA-256 of the token; without one, only connections to a loopback address are answered.
+    hosts : AllowedHosts
+        Which Host headers are answered.
     behind_proxy : bool
         Whether a proxy in front, such as Ray Serve's, puts X-Request-ID on the answers.
     """
@@ -104,22 +107,26 @@ class Guard:
         metrics: Metrics,
         paths: Collection[str],
         token_digest: str | None,
+        hosts: AllowedHosts,
         behind_proxy: bool,
     ) -> None:
-        self._app, self._token_digest = app, token_digest
+        self._app, self._token_digest, self._hosts = app, token_digest, hosts
         self._gate, self._timeout_s, self._behind_proxy = gate, timeout_s, behind_proxy
         self._metrics, self._paths = metrics, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
-        if scope["type"] != "http":
+        if scope["type"] != "http":  # there is no websocket here: the application closes them
             await self._app(scope, receive, send)
             return
-        answer = _Answer(send, identify(scope), add_id=not self._behind_proxy)
+        is_head = scope["method"] == "HEAD"
+        answer = _Answer(send, identify(scope), not self._behind_proxy, without_body=is_head)
         scope.setdefault("state", {})["request_id"] = answer.request_id
         started = time.monotonic()
         try:
-            await self._answer(scope, receive, answer)
+            # Whatever answers GET answers HEAD, with the same headers.
+            asked = {**scope, "method": "GET"} if is_head else scope
+            await self._answer(asked, receive, answer)
         finally:
             self._note(scope, answer, time.monotonic() - started)
 
@@ -138,6 +145,7 @@ class Guard:
     async def _answer(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         try:
             self._authorize(scope)
+            self._hosts.check(scope["path"], Headers(scope=scope))
             with self._place(scope):
                 await self._within_time(scope, receive, answer)
         except RayvaecError as error:
@@ -207,8 +215,9 @@ class Guard:
 class _Answer:
     """ASGI's send, that notes when the answer begins and adds its id."""
 
-    def __init__(self, send: Send, request_id: str, add_id: bool) -> None:
+    def __init__(self, send: Send, request_id: str, add_id: bool, without_body: bool) -> None:
         self._send, self.request_id, self._add_id = send, request_id, add_id
+        self._without_body = without_body
         self.started, self.finished, self.status = False, False, CUT_OFF
         self.clock: asyncio.Timeout | None = None
 
@@ -220,6 +229,8 @@ class _Answer:
             if self.clock is not None and not self.clock.expired():
                 # An answer that has begun may take as long as it takes: its work is bounded.
                 self.clock.reschedule(None)
+        if self._without_body and message["type"] == "http.response.body":
+            message = {**message, "body": b""}
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self.finished = True

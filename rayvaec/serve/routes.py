@@ -19,6 +19,7 @@ from rayvaec.serve import openapi
 from rayvaec.serve.bodies import Sent
 from rayvaec.serve.docs import add_docs
 from rayvaec.serve.guard import Guard, problem_response
+from rayvaec.serve.hosts import AllowedHosts
 from rayvaec.serve.limits import Gate, Limits, read_body
 from rayvaec.serve.media import accepted, content_type, is_gzipped
 from rayvaec.serve.metrics import TEXT, Metrics, page
@@ -37,6 +38,7 @@ def create_app(
     limits: Limits,
     token_digest: str | None = None,
     *,
+    allowed_hosts: Sequence[str] = (),
     behind_proxy: bool = False,
     replica: str = "only",
     replicas: Replicas | None = None,
@@ -51,6 +53,8 @@ def create_app(
         How many requests there may be at once, and how long an answer may take to begin.
     token_digest : str, optional
         SHA-256 of the token that requests need; see `rayvaec.serve.auth`.
+    allowed_hosts : sequence of str
+        Host names that requests may be sent to; see `rayvaec.serve.hosts.AllowedHosts`.
     behind_proxy : bool
         Whether a proxy in front puts X-Request-ID on the answers.
     replica : str
@@ -90,6 +94,7 @@ def create_app(
         metrics=app.state.metrics,
         paths=paths,
         token_digest=token_digest,
+        hosts=AllowedHosts(allowed_hosts, token_digest is not None),
         behind_proxy=behind_proxy,
     )
     app.add_exception_handler(HTTPException, _no_such_route)
@@ -254,6 +259,8 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     if status == 405:
         allowed = (error.headers or {}).get("Allow", "") if isinstance(error, HTTPException) else ""
+        if "GET" in allowed:
+            allowed += ", HEAD"
         problem = RequestError(
             f"{request.method} is not allowed on {request.url.path}",
             f"use {allowed}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,10 +88,13 @@ def serve_with(trained: TrainedModel) -> Iterator[Callable[..., Http]]:
     """Build an application with limits, token and the like of its own."""
     built: list[Service] = []
 
-    def build(token_digest: str | None = None, **limits: Any) -> Http:
+    def build(
+        token_digest: str | None = None, allowed_hosts: Sequence[str] = (), **limits: Any
+    ) -> Http:
         bounds = Limits(**limits)
         built.append(Service(trained, bounds))
-        return Http(create_app({"model": built[-1]}, bounds, token_digest))
+        services = {"model": built[-1]}
+        return Http(create_app(services, bounds, token_digest, allowed_hosts=allowed_hosts))
 
     yield build
     for service in built:

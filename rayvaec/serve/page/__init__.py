@@ -16,7 +16,7 @@ _FILES = {
     "/page/icon.svg": ("icon.svg", "image/svg+xml"),
     **{
         f"/page/{name}.js": (f"{name}.js", "text/javascript; charset=utf-8")
-        for name in ("api", "charts", "download", "draws", "form", "page", "results")
+        for name in ("api", "charts", "csv", "download", "draws", "form", "page", "results")
     },
 }
 PATHS = frozenset(_FILES)
