@@ -8,9 +8,6 @@ weight at every call, which for a few dozen rows takes a fifth of the time. Here
 chain of fused multiply-adds from the first hidden unit to the last, on every machine and however
 many rows there are. So a row's rates do not depend on those beside it, and a block that is not full
 costs less.
-
-numba's cache looks at this file only: after a change in vectors.py, nb_walk.py or special.py, touch
-it.
 """
 
 from __future__ import annotations

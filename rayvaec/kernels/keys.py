@@ -43,9 +43,6 @@ _S27 = np.uint64(27)
 _S30 = np.uint64(30)
 _S31 = np.uint64(31)
 
-# Kernels of other modules inline these functions, and numba's cache looks at the calling file only:
-# after a change here, touch nb_sweep.py.
-
 
 class Streams(NamedTuple):
     """What names the random streams of rows; from `check_streams`.

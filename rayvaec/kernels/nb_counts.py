@@ -1,9 +1,6 @@
 """Counts above 0 of negative binomials, given what is left of the gap that ended at each gene.
 
 `rayvaec.kernels.nb_sweep` says how the gap makes a count.
-
-Kernels of other modules inline these functions, and numba's cache looks at the calling file only:
-after a change here, touch nb_sweep.py.
 """
 
 from __future__ import annotations

@@ -24,9 +24,6 @@ Random numbers beyond the gaps come from a stream of the gene's own.
 Rows are the lanes of a vector: a step takes one gene in `WIDTH` of them at once, and where gaps end
 is a mask. Only the lanes in it are looked at one by one. What happens in a lane does not depend on
 the others. Genes go in tiles, so that everything but the rates stays in the core's first cache.
-
-numba's cache looks at this file only: after a change in nb_walk.py, nb_counts.py, vectors.py,
-special.py, special64.py, keys.py or variates.py, touch it.
 """
 
 from __future__ import annotations

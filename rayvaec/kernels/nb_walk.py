@@ -1,9 +1,6 @@
 """The walk of a tile of genes by a block of rows in step, and the gaps that it uses up.
 
 `rayvaec.kernels.nb_sweep` says what a gap is, and how what is noted here becomes counts.
-
-Kernels of other modules inline these functions, and numba's cache looks at the calling file only:
-after a change here, touch nb_sweep.py and decoded_draws.py.
 """
 
 from __future__ import annotations

@@ -4,10 +4,6 @@ numba calls libm for exp and log, one number at a time. The float32 functions he
 polynomials, so that LLVM turns a loop over them into vector code: an element costs 0.3 to 0.5 ns
 instead of 5 to 10. Coefficients are Chebyshev fits; errors (largest relative ones, over the whole
 range) are below 3e-7.
-
-Kernels of other modules inline these functions, and numba's cache looks at the calling file only:
-after a change here, touch nb_loss_softplus.py, nb_loss_softmax.py, sparse_products.py,
-nb_sweep.py and decoded_draws.py.
 """
 
 from __future__ import annotations

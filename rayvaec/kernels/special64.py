@@ -2,9 +2,6 @@
 
 numba calls libm for these, one number at a time and in the middle of a loop. Without branches or
 calls, LLVM turns a loop over them into vector code. Errors, relative ones, are below 1e-15.
-
-Kernels of other modules inline these functions, and numba's cache looks at the calling file only:
-after a change here, touch nb_sweep.py.
 """
 
 from __future__ import annotations

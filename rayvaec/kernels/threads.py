@@ -8,6 +8,7 @@ the others, and no result depends on how many threads there are.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -133,9 +134,8 @@ def _run_shared(tasks: Sequence[Callable[[], Result]], n_threads: int) -> list[R
 def single_threaded_torch() -> Iterator[None]:
     """Let torch use one core for what this thread does meanwhile; `run_all` uses all the same.
 
-    Otherwise torch's idle threads spin, on cores that `run_all` needs. The number is OpenMP's and
-    MKL's per thread. torch also keeps a global one, which a new thread starts with: it is set back
-    here together with this thread's.
+    Otherwise torch's idle threads spin, on cores that `run_all` needs. Other threads, and torch's
+    number for those that begin meanwhile, are left alone.
 
     Yields
     ------
@@ -144,14 +144,38 @@ def single_threaded_torch() -> Iterator[None]:
     if getattr(_local, "count", None):
         yield
         return
-    before = torch.get_num_threads()
     _local.count = thread_count()
-    torch.set_num_threads(1)
+    before = _set_own_threads((1, 1))
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        _set_own_threads(before)
         _local.count = None
+
+
+def _set_own_threads(numbers: tuple[int, int]) -> tuple[int, int]:
+    """Set OpenMP's and MKL's numbers of threads for this thread; return what they were.
+
+    ``torch.set_num_threads`` would also set torch's global number, which every thread takes over
+    when it first uses torch, and keeps.
+    """
+    openmp, mkl = numbers
+    before = torch.get_num_threads()  # OpenMP's; torch gives a new thread its global number now
+    _SET_OPENMP(openmp)
+    return before, _SET_MKL(mkl)
+
+
+def _function_of_torch(name: str) -> Callable[[int], int]:
+    """Return a C function of the libraries that torch has loaded, or one that does nothing.
+
+    torch has MKL on x86 alone, and no OpenMP where it has threads of its own. The call keeps the GIL:
+    it is shorter than giving it away and waiting for it.
+    """
+    return getattr(ctypes.PyDLL(torch._C.__file__), name, lambda number: 0)
+
+
+_SET_OPENMP = _function_of_torch("omp_set_num_threads")
+_SET_MKL = _function_of_torch("MKL_Set_Num_Threads_Local")
 
 
 def _shared(numbers: Iterator[int], lock: threading.Lock) -> Iterator[int]:
@@ -165,20 +189,16 @@ def _shared(numbers: Iterator[int], lock: threading.Lock) -> Iterator[int]:
 
 
 def _executor() -> ThreadPoolExecutor:
-    """Return the pool, all of whose threads have been started."""
+    """Return the pool, whose threads let torch use one core each."""
     global _pool
     with _pool_lock:
         if _pool is None:
-            size = max(1, _core_count() - 1)
             _pool = ThreadPoolExecutor(
-                size, "rayvaec-kernel", initializer=torch.set_num_threads, initargs=(1,)
+                max(1, _core_count() - 1),
+                "rayvaec-kernel",
+                initializer=_set_own_threads,
+                initargs=((1, 1),),
             )
-            # Started now, under the caller's `single_threaded_torch`: a thread's first step
-            # changes torch's global number, which the caller sets back.
-            together = threading.Barrier(size + 1)
-            for _ in range(size):
-                _pool.submit(together.wait)
-            together.wait()
         return _pool
 
 

@@ -2,9 +2,6 @@
 
 Every function takes the stream's two key words and the number of its next random number, and
 returns the variate and the number after those it used.
-
-Kernels of other modules inline these functions, and numba's cache looks at the calling file only:
-after a change here, touch nb_sweep.py.
 """
 
 from __future__ import annotations

@@ -3,9 +3,6 @@
 numba vectorises a loop, not a block of two dimensions kept in registers, and has no bit mask of a
 comparison. Where that decides the speed, the innermost step is written here in LLVM's language; it
 compiles to what the machine has, for every width of vector.
-
-Kernels of other modules inline these functions, and numba's cache looks at the calling file only:
-after a change here, touch nb_sweep.py, decoded_draws.py and sparse_products.py.
 """
 
 from __future__ import annotations

@@ -3,9 +3,11 @@ from __future__ import annotations
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from numba import config
 
 from rayvaec.kernels.threads import (
     run_all,
@@ -83,30 +85,78 @@ def test_a_forked_child_gets_a_pool_of_its_own():
     assert os.waitstatus_to_exitcode(status) == 0
 
 
-def test_tasks_run_torch_on_one_core_and_leave_its_number_as_it_was():
+def seen():
+    """What torch, OpenMP and MKL give the thread that asks."""
+    lines = torch.__config__.parallel_info().splitlines()
+    numbers = [line.split(" : ")[1] for line in lines if line.strip().startswith(("omp", "mkl"))]
+    return torch.get_num_threads(), *map(int, numbers)
+
+
+def in_a_new_thread(function):
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(function).result(20)
+
+
+@pytest.fixture
+def three_threads():
+    """torch's number is 3, with its libraries; give what a thread then sees."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield seen()
+    torch.set_num_threads(before)
+
+
+def test_tasks_run_torch_on_one_core(three_threads):
     meet = threading.Barrier(2, timeout=10)
 
     def inside():
         meet.wait()
-        return torch.get_num_threads()
+        return seen()
 
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        assert run_all([inside, inside], 2) == [1, 1]
-        assert torch.get_num_threads() == 2
+    alone = (1,) * len(three_threads)
+    assert set(three_threads) == {3}
+    for _ in range(2):
+        assert run_all([inside, inside], 2) == [alone, alone]
+        assert seen() == three_threads
+    with single_threaded_torch():
+        assert thread_count() == min(3, config.NUMBA_NUM_THREADS)
+        assert run_all([inside, inside], 2) == [alone, alone]
+        assert seen() == alone
+    assert seen() == three_threads
+
+
+def test_a_thread_that_begins_meanwhile_has_torchs_number(three_threads):
+    """torch gives a thread its number when it is first used there, and for good."""
+    with single_threaded_torch():
+        assert in_a_new_thread(seen) == three_threads
+        assert run_all([lambda: in_a_new_thread(seen)] * 2, 2) == [three_threads] * 2
+    assert in_a_new_thread(seen) == three_threads
+
+
+def test_sections_that_overlap_leave_every_number_as_it_was(three_threads):
+    """Whoever comes first may leave first, and a number that is set meanwhile stays."""
+    first_is_in, second_is_in = threading.Event(), threading.Event()
+
+    def first():
         with single_threaded_torch():
-            assert torch.get_num_threads() == 1
-            assert thread_count() == 2
-            assert run_all([inside, inside]) == [1, 1]
-        assert torch.get_num_threads() == 2
-        fresh = []
-        thread = threading.Thread(target=lambda: fresh.append(torch.get_num_threads()))
-        thread.start()
-        thread.join(10)
-        assert fresh == [2]
-    finally:
-        torch.set_num_threads(before)
+            first_is_in.set()
+            assert second_is_in.wait(20)
+        return seen()
+
+    with ThreadPoolExecutor(1) as thread:
+        ended = thread.submit(first)
+        assert first_is_in.wait(20)
+        with single_threaded_torch():
+            second_is_in.set()
+            assert ended.result(20) == three_threads
+            assert seen() == (1,) * len(three_threads)
+    assert seen() == in_a_new_thread(seen) == three_threads
+
+
+def test_an_error_leaves_every_number_as_it_was(three_threads):
+    with pytest.raises(KeyError), single_threaded_torch():
+        raise KeyError
+    assert seen() == in_a_new_thread(seen) == three_threads
 
 
 def test_small_work_stays_on_one_thread(monkeypatch):
