@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rayvaec.data.gene_choice import check_appended_genes, columns_of
 from rayvaec.data.inputs.cell_names import name_hashes
-from rayvaec.data.inputs.obs import read_appended, refuse_nothing
+from rayvaec.data.inputs.obs import read_codes, refuse_nothing
 from rayvaec.data.inputs.reader import Input
 from rayvaec.data.manifest import Manifest, Portion
 from rayvaec.data.names import choices, listing
@@ -199,7 +199,7 @@ def appended_names(old: OldStore, inputs: Sequence[Input], config: PrepareConfig
         absent_is_zero=(config.genes or rule) == "union",
         drop_unknown=config.genes is not None or rule in ("intersect", "list"),
     )
-    labels, label_codes = read_appended(inputs, config.labels_key, registry.labels, "label")
+    labels, label_codes = read_codes(inputs, config.labels_key, "label", registry.labels)
     if labels and not config.new_labels:
         raise CountsError(
             f"{len(labels)} labels are new to the store {old.path}: {listing(labels)}",
@@ -209,7 +209,7 @@ def appended_names(old: OldStore, inputs: Sequence[Input], config: PrepareConfig
     batches: tuple[str, ...] = ()
     batch_codes = None
     if registry.batch_key is not None and config.batch_key is not None:
-        batches, batch_codes = read_appended(inputs, config.batch_key, registry.batches, "batch")
+        batches, batch_codes = read_codes(inputs, config.batch_key, "batch", registry.batches)
     for new, what in ((labels, "labels"), (batches, "batches")):
         if new:
             logger.warning("the store gets %d new %s: %s", len(new), what, listing(new))

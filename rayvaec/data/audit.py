@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,15 +17,13 @@ from rayvaec.data.foreign import (
     SPLIT_SEED,
     Findings,
     ForeignStore,
-    recoded,
     split,
     store_digest,
 )
 from rayvaec.data.inputs.counts import as_counts
-from rayvaec.data.inputs.obs_keys import ObsKeys
-from rayvaec.data.inputs.zarr_reader import CodedColumn, Member, open_members
+from rayvaec.data.inputs.obs import ObsKeys, read_codes, refuse_nothing
+from rayvaec.data.inputs.zarr_reader import Member, open_members
 from rayvaec.data.manifest import Manifest, PartitionInfo
-from rayvaec.data.names import listing
 from rayvaec.data.registry import Registry, refuse_duplicates
 from rayvaec.data.remote import open_blobs
 from rayvaec.errors import CountsError
@@ -61,16 +59,14 @@ def survey_foreign(where: Location, keys: ObsKeys) -> ForeignStore:
     CountsError
         For whatever cannot be trained on; the message names value and place.
     """
-    members = open_members(where, open_blobs(where))
+    members = open_members(where, open_blobs(where), keys.layer)
     for member in members:
-        for n, what in ((member.n_cells, "cells"), (member.n_genes, "genes")):
-            if n == 0:
-                raise CountsError(f"{member.where} has no {what}", "leave it out")
-    refuse_duplicates(members[0].genes, "gene", members[0].where)
-    labels, label_codes = _codes(members, keys.labels, "label")
+        refuse_nothing(member)
+    refuse_duplicates(members[0].genes, "gene", members[0].place)
+    labels, label_codes = read_codes(members, keys.labels, "label")
     batches: tuple[str, ...] = ()
     if keys.batches is not None:
-        batches, _ = _codes(members, keys.batches, "batch")
+        batches, _ = read_codes(members, keys.batches, "batch")
     registry = Registry(members[0].genes, labels, keys.labels, batches, keys.batches)
     n_cells = [member.n_cells for member in members]
     gene_totals, largest, infos = np.zeros(registry.n_genes, np.int64), 0, []
@@ -117,8 +113,9 @@ class _Audit:
 
     def __init__(self, member: Member, n_genes: int) -> None:
         self._member, self._n_genes = member, n_genes
-        self._indptr = member.vector("X/indptr")
-        self._indices, self._data = member.vector("X/indices"), member.vector("X/data")
+        self._indptr, self._indices, self._data = (
+            member.matrix_part(name) for name in ("indptr", "indices", "data")
+        )
         self._hashes = [hashlib.sha256() for _ in range(3)]
         self.gene_totals, self.largest = np.zeros(n_genes, np.int64), 0
 
@@ -163,7 +160,7 @@ class _Audit:
         if len(empty):
             name = self._name(first + int(empty[0]))
             raise CountsError(
-                f"cell {name} of {self._member.where} has no counts", _prepare("--drop-empty")
+                f"cell {name} of {self._member.place} has no counts", _prepare("--drop-empty")
             )
         # Sums of whole numbers below 2**53 are exact in bincount's float64.
         self.gene_totals += np.bincount(indices, counts, self._n_genes).astype(np.int64)
@@ -181,12 +178,7 @@ class _Audit:
             row = int(np.searchsorted(offsets, at, "right")) - 1
             return self._name(first + row), member.genes[int(indices[at])]
 
-        try:
-            return as_counts(raw, locate, where=f"X of {member.where}")
-        except CountsError as error:
-            layers = member.layers
-            fix = _prepare(f"--layer {layers[0]}") if layers else error.fix
-            raise CountsError(error.detail, fix) from None
+        return as_counts(raw, locate, where=member.where, layers=member.layers)
 
     def _check_order(self, first: int, offsets: NDArray[Any], indices: NDArray[Any]) -> None:
         """Refuse rows whose genes are not in order, each once."""
@@ -197,7 +189,7 @@ class _Audit:
         at = int(np.argmax(falls))
         row = int(np.searchsorted(offsets, at, "right")) - 1
         genes = indices[offsets[row] : offsets[row + 1]]
-        name, where = self._name(first + row), self._member.where
+        name, where = self._name(first + row), self._member.place
         twice = len(np.unique(genes)) < len(genes)
         values, times = np.unique(genes, return_counts=True)
         gene = self._member.genes[int(values[np.argmax(times)])]
@@ -209,7 +201,7 @@ class _Audit:
 
     def _contradiction(self, problem: str) -> CountsError:
         return CountsError(
-            f"X of {self._member.where} contradicts itself: {problem}", "copy or write it again"
+            f"{self._member.where} contradicts itself: {problem}", "copy or write it again"
         )
 
 
@@ -217,58 +209,23 @@ def _prepare(option: str) -> str:
     return f"make a store of it with `rayvaec prepare INPUT {option}".rstrip() + "`"
 
 
-def _codes(
-    members: Sequence[Member], key: str, what: str
-) -> tuple[tuple[str, ...], NDArray[np.int32]]:
-    """Return the values of an obs column that some cell has, sorted, and every cell's code."""
-    columns = [member.column(key) for member in members]
-    used: set[str] = set()
-    for member, column in zip(members, columns, strict=True):
-        codes = column.codes.read(0, member.n_cells)
-        missing = np.flatnonzero(codes < 0)
-        if len(missing):
-            first = int(missing[0])
-            raise CountsError(
-                f"{member.where}: obs column {key!r} has no value for {len(missing)} of "
-                f"{member.n_cells} cells, the first {member.names(first, first + 1)[0]}",
-                f"give each a {what} and write it again",
-            )
-        used.update(column.categories[code] for code in np.unique(codes))
-    _say_unused(columns, used, key, what)
-    names = tuple(sorted(used))
-    parts = [
-        recoded(column, names).read(0, member.n_cells)
-        for member, column in zip(members, columns, strict=True)
-    ]
-    return names, np.concatenate(parts)
-
-
-def _say_unused(columns: Sequence[CodedColumn], used: set[str], key: str, what: str) -> None:
-    unused = sorted({name for column in columns for name in column.categories} - used)
-    if unused:
-        logger.info(
-            "%d categories of obs column %r have no cells and become no %s: %s",
-            *(len(unused), key, what, listing(unused)),
-        )
-
-
 def _source(member: Member) -> dict[str, Any]:
     return {
-        "path": member.where,
-        "layer": None,
+        "path": member.place,
+        "layer": member.layer,
         "n_cells": member.n_cells,
         "n_genes": member.n_genes,
     }
 
 
-def _say_how_it_mixes(store: ForeignStore, labels: NDArray[np.int32]) -> None:
+def _say_how_it_mixes(store: ForeignStore, labels: NDArray[np.int64]) -> None:
     """Say what reading a store as it lies costs: minibatches that are mixed less, decoding twice.
 
     Parameters
     ----------
     store : ForeignStore
         Surveyed.
-    labels : array[n_cells] of int32
+    labels : array[n_cells] of int64
         Label codes in the order in which the cells lie.
     """
     found, ideal = label_distance(labels)
@@ -285,12 +242,12 @@ def _say_how_it_mixes(store: ForeignStore, labels: NDArray[np.int32]) -> None:
         )
 
 
-def label_distance(labels: NDArray[np.int32], draws: int = 200) -> tuple[float, float]:
+def label_distance(labels: NDArray[np.int64], draws: int = 200) -> tuple[float, float]:
     """Measure how far the labels of minibatches are from those of all cells.
 
     Parameters
     ----------
-    labels : array[n_cells] of int32
+    labels : array[n_cells] of int64
         Label codes in the order in which the cells lie.
     draws : int
         How many minibatches to look at.

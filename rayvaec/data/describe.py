@@ -65,11 +65,11 @@ def describe_foreign(where: Location) -> str:
     StoreError, CountsError
         If it cannot be read, or could not be trained on.
     """
-    from rayvaec.data.inputs.zarr_reader import open_members  # brings anndata
+    from rayvaec.data.inputs.zarr_reader import open_members  # brings zarr
 
     members = open_members(where, open_blobs(where))
     first, n_cells = members[0], sum(member.n_cells for member in members)
-    values = first.vector("X/data")
+    values = first.matrix_part("data")
     shared = [key for key in first.columns if all(key in member.columns for member in members)]
     rows = [
         ("cells", f"{n_cells:,} in {len(members):,} AnnData"),

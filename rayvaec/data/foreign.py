@@ -76,22 +76,22 @@ class ForeignPartition(Partition):
     @cached_property
     def indptr(self) -> Vector:
         """CSR row offsets, [n_cells + 1]."""
-        return _cast(self._member.vector("X/indptr"), np.int64)
+        return _cast(self._member.matrix_part("indptr"), np.int64)
 
     @cached_property
     def indices(self) -> Vector:
         """Gene positions, [nnz]."""
-        return _cast(self._member.vector("X/indices"), self._dtypes.indices)
+        return _cast(self._member.matrix_part("indices"), self._dtypes.indices)
 
     @cached_property
     def counts(self) -> Vector:
         """Counts, [nnz]."""
-        return _cast(self._member.vector("X/data"), self._dtypes.counts)
+        return _cast(self._member.matrix_part("data"), self._dtypes.counts)
 
     @cached_property
     def labels(self) -> Vector:
         """Label codes, [n_cells]."""
-        column = self._member.column(self._registry.labels_key)
+        column = self._member.coded_column(self._registry.labels_key)
         return recoded(column, self._registry.labels)
 
     @cached_property
@@ -99,7 +99,7 @@ class ForeignPartition(Partition):
         """Batch codes, [n_cells]; None where the store has no batches."""
         if self._registry.batch_key is None:
             return None
-        return recoded(self._member.column(self._registry.batch_key), self._registry.batches)
+        return recoded(self._member.coded_column(self._registry.batch_key), self._registry.batches)
 
     def names(self, start: int, stop: int) -> list[str]:
         """Return the names of a range of cells."""
@@ -165,7 +165,7 @@ class ForeignStore(Store):
     ) -> None:
         self.findings, self._validation_last = findings, validation_last
         if members is None:
-            members = open_members(path, open_blobs(path))
+            members = open_members(path, open_blobs(path), manifest.sources[0].get("layer"))
         self._members = members
         if store_digest(members, manifest.registry) != findings.digest:
             raise StoreError(

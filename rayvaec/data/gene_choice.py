@@ -60,7 +60,7 @@ def choose_genes(
 def _genes_of_file(inputs: Sequence[Input], path: Path) -> tuple[str, ...]:
     fix = "--genes takes intersect, union, or a text file with one gene a line"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the gene list {path} cannot be read ({error})", fix) from error
     genes = [line.strip() for line in lines if line.strip()]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rayvaec.data.collection import DESCRIPTION, SPLITS, Partition, Rows, Store
 from rayvaec.data.groups import COLLECTION, group_attributes
-from rayvaec.data.inputs.obs_keys import ObsKeys
+from rayvaec.data.inputs.obs import ObsKeys
 from rayvaec.data.manifest import Manifest
 from rayvaec.data.remote import open_blobs
 from rayvaec.errors import StoreError

@@ -13,7 +13,7 @@ from scipy import sparse
 from rayvaec.data.gene_choice import choose_genes, columns_of
 from rayvaec.data.inputs.align import align_columns, place_in_csr
 from rayvaec.data.inputs.counts import as_counts
-from rayvaec.data.inputs.obs import read_batches, read_labels, refuse_nothing
+from rayvaec.data.inputs.obs import read_codes, refuse_nothing
 from rayvaec.data.inputs.reader import Input
 from rayvaec.data.registry import Registry
 from rayvaec.data.survey_notes import SurveyNotes
@@ -149,8 +149,11 @@ def read_names(
     for source in inputs:
         refuse_nothing(source)
     kept_genes = choose_genes(inputs, genes)
-    labels, label_codes = read_labels(inputs, labels_key)
-    batches, batch_codes = ((), None) if batch_key is None else read_batches(inputs, batch_key)
+    labels, label_codes = read_codes(inputs, labels_key, "label")
+    batches: tuple[str, ...] = ()
+    batch_codes = None
+    if batch_key is not None:
+        batches, batch_codes = read_codes(inputs, batch_key, "batch")
     registry = Registry(kept_genes, labels, labels_key, batches, batch_key)
     return Names(registry, columns_of(registry, inputs), label_codes, batch_codes)
 

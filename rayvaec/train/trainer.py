@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayvaec.data.inputs.obs_keys import ObsKeys
+from rayvaec.data.inputs.obs import ObsKeys
 from rayvaec.data.lock import WriteLock
 from rayvaec.data.store import DESCRIPTION, Store, open_store
 from rayvaec.errors import ConfigError, RayvaecError, StoreError

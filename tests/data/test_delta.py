@@ -18,7 +18,7 @@ from zarr.codecs.numcodecs import Delta
 
 from rayvaec.data.blobs import LocalBlobs
 from rayvaec.data.delta import undo_delta, without_delta_warning
-from rayvaec.data.inputs.obs_keys import ObsKeys
+from rayvaec.data.inputs.obs import ObsKeys
 from rayvaec.data.inputs.reader import Input
 from rayvaec.data.inputs.writer import create_vector
 from rayvaec.data.loader import Loader

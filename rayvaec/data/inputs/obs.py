@@ -1,135 +1,225 @@
-"""Labels and batches of all inputs: one set of names, and a code for every cell."""
+"""Labels and batches of all parts of some data: one set of names, and a code for every cell.
+
+The parts are input files, the members of a store that rayvaec did not write, or an upload; each
+check is made here, for all of them.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rayvaec.data.inputs.reader import Column, Input
 from rayvaec.data.names import listing
-from rayvaec.errors import CountsError
+from rayvaec.errors import ConfigError, CountsError
+
+if TYPE_CHECKING:
+    from rayvaec.data.inputs.elements import Column
+
+logger = logging.getLogger("rayvaec")
 
 
-def refuse_nothing(source: Input) -> None:
-    """Refuse an input without cells or genes."""
-    for n, what in ((source.n_cells, "cells"), (source.n_genes, "genes")):
-        if n == 0:
-            raise CountsError(f"{source.path} has no {what}", "leave this input out")
-
-
-def read_labels(inputs: Sequence[Input], key: str) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Read the labels of all inputs.
+@dataclass(frozen=True)
+class ObsKeys:
+    """Where labels, batches and counts are in a store that rayvaec did not write.
 
     Parameters
     ----------
-    inputs : sequence of Input
-        Opened for reading.
-    key : str
-        The obs column.
-
-    Returns
-    -------
-    tuple of str, and array[n_cells] of int64
-        The labels, sorted, and their codes over the cells of all inputs.
+    labels : str
+        The obs column of cell types.
+    batches : str, optional
+        The obs column of experimental batches, where these are modelled.
+    layer : str, optional
+        The layer with the counts; X by default, ``"raw"`` for `AnnData.raw`.
 
     Raises
     ------
-    CountsError
-        If a cell has no label, a label has no cells, or one input holds fractions and another
-        something else, so that the same value would get two names.
+    ConfigError
+        If both columns are the same.
     """
-    columns = _columns(inputs, key, "label")
-    used = _used(columns)
-    for source, column in zip(inputs, columns, strict=True):
-        unused = [name for name in column.categories if name not in used]
-        if unused:
-            raise CountsError(
-                f"{source.path}: {len(unused)} of {len(column.categories)} categories of obs "
-                f"column {key!r} have no cells: {listing(unused)}",
-                f"drop them: adata.obs[{key!r}] = "
-                f"adata.obs[{key!r}].cat.remove_unused_categories()",
+
+    labels: str
+    batches: str | None = None
+    layer: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.labels == self.batches:
+            raise ConfigError(
+                f"labels and batches are both read from obs column {self.labels!r}",
+                "give another --batch-key or none",
             )
-    return used, _recode(columns, used)
 
 
-def read_batches(inputs: Sequence[Input], key: str) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Read the batches of all inputs; as `read_labels`, but a batch may have no cells."""
-    columns = _columns(inputs, key, "batch")
-    used = _used(columns)
-    return used, _recode(columns, used)
+class Part(Protocol):
+    """One AnnData of several."""
+
+    @property
+    def place(self) -> str:
+        """What messages call it."""
+
+    @property
+    def n_cells(self) -> int:
+        """Number of rows."""
+
+    @property
+    def n_genes(self) -> int:
+        """Number of columns."""
+
+    def names(self, start: int, stop: int) -> list[str]:
+        """Return the names of some cells."""
+
+    def column(self, key: str) -> Column:
+        """Read an obs column."""
 
 
-def read_appended(
-    inputs: Sequence[Input], key: str, known: Sequence[str], what: str
+def refuse_nothing(part: Part) -> None:
+    """Refuse a part without cells or genes."""
+    for n, what in ((part.n_cells, "cells"), (part.n_genes, "genes")):
+        if n == 0:
+            raise CountsError(f"{part.place} has no {what}", "leave this input out")
+
+
+def read_codes(
+    parts: Sequence[Part], key: str, what: str, known: Sequence[str] = ()
 ) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Read labels or batches of cells that are appended to a store.
+    """Read the labels or the batches of all parts.
+
+    Categories that no cell has are left out, and logged.
 
     Parameters
     ----------
-    inputs : sequence of Input
+    parts : sequence of Part
         Opened for reading.
     key : str
         The obs column.
-    known : sequence of str
-        The store's labels or batches; their codes stay.
     what : str
-        What they are, singular.
+        What it holds, singular: ``"label"`` or ``"batch"``.
+    known : sequence of str
+        Names that the store has already, where cells are appended; their codes stay.
 
     Returns
     -------
     tuple of str, and array[n_cells] of int64
-        The new ones that have cells, and the codes over the cells of all inputs: new ones count on
-        from the known.
+        The names that some cell has and that are not known, sorted, and the codes over the cells
+        of all parts: positions in `known` and then in these.
 
     Raises
     ------
     CountsError
-        If a cell has no value, or as in `read_labels`.
+        If a column is missing or damaged, a cell has no value, or the same value would get two
+        names, such as 0 and 0.0.
     """
-    columns = _columns(inputs, key, what)
-    new = tuple(name for name in _used(columns) if name not in set(known))
+    columns = [part.column(key) for part in parts]
+    for part, column in zip(parts, columns, strict=True):
+        refuse_missing_values(part, column, key, what)
+    _refuse_two_kinds(parts, columns, key)
+    used = [[column.categories[code] for code in np.unique(column.codes)] for column in columns]
+    _refuse_twins([part.place for part in parts], used, key, known)
+    names = {name for own in used for name in own}
+    _say_unused(columns, names, key)
+    new = tuple(sorted(names - set(known)))
     return new, _recode(columns, (*known, *new))
 
 
-def _columns(inputs: Sequence[Input], key: str, what: str) -> list[Column]:
-    """Read an obs column of every input; a cell without a value is an error."""
-    columns = []
-    for source in inputs:
-        column = source.column(key)
-        missing = np.flatnonzero(column.codes < 0)
-        if missing.size:
-            first = int(missing[0])
-            raise CountsError(
-                f"{source.path}: obs column {key!r} has no value for {missing.size} of "
-                f"{source.n_cells} cells, the first {source.names(first, first + 1)[0]}",
-                f"remove these cells or give each a {what}",
-            )
-        columns.append(column)
-    _refuse_two_kinds(inputs, columns, key)
-    return columns
+def refuse_missing_values(part: Part, column: Column, key: str, what: str) -> None:
+    """Refuse a column in which a cell has no value.
 
+    Parameters
+    ----------
+    part : Part
+        Whose column it is.
+    column : Column
+        The column.
+    key : str
+        Its name.
+    what : str
+        What it holds, singular.
 
-def _refuse_two_kinds(inputs: Sequence[Input], columns: Sequence[Column], key: str) -> None:
-    """Refuse fractions beside something else: 1 would be called 1 in one input, 1.0 in another."""
-    fractions = [column.kind == "numbers" for column in columns]
-    if any(fractions) and not all(fractions):
-        one, other = fractions.index(True), fractions.index(False)
+    Raises
+    ------
+    CountsError
+        With the number of such cells, and the first.
+    """
+    missing = np.flatnonzero(column.codes < 0)
+    if missing.size:
+        first = int(missing[0])
         raise CountsError(
-            f"obs column {key!r} holds numbers with fractions in {inputs[one].path} and "
-            f"{columns[other].kind} in {inputs[other].path}",
-            f"make them text in all inputs: adata.obs[{key!r}] = adata.obs[{key!r}].astype(str)",
+            f"{part.place}: obs column {key!r} has no value for {missing.size} of "
+            f"{part.n_cells} cells, the first {part.names(first, first + 1)[0]}",
+            f"remove these cells or give each a {what}",
         )
 
 
-def _used(columns: Sequence[Column]) -> tuple[str, ...]:
-    used = {column.categories[code] for column in columns for code in np.unique(column.codes)}
-    return tuple(sorted(used))
+def _refuse_two_kinds(parts: Sequence[Part], columns: Sequence[Column], key: str) -> None:
+    """Refuse floats beside something else: 1 would be called 1 in one part, 1.0 in another."""
+    floats = [column.kind == "numbers" for column in columns]
+    if any(floats) and not all(floats):
+        one, other = floats.index(True), floats.index(False)
+        fractions = any(_whole(name) is None for name in columns[one].categories)
+        text = f"adata.obs[{key!r}] = adata.obs[{key!r}]"
+        if not fractions:
+            fix = f"in {parts[one].place}: {text}.astype(int).astype(str)"
+        elif columns[other].kind == "whole numbers":
+            fix = f"in every input: {text}.astype(float).astype(str)"
+        else:
+            fix = f"in {parts[one].place}: {text}.astype(str)"
+        raise CountsError(
+            f"obs column {key!r} holds floating-point numbers in {parts[one].place} and "
+            f"{columns[other].kind} in {parts[other].place}",
+            fix,
+        )
+
+
+def _refuse_twins(
+    places: Sequence[str], used: Sequence[Sequence[str]], key: str, known: Sequence[str]
+) -> None:
+    """Refuse parts of which one calls a number 0 and another 0.0, unless one has both names."""
+    owners = dict(zip([*places, "the store"], [*used, known], strict=True))
+    everywhere = {name for names in owners.values() for name in names}
+    for name in sorted(everywhere):
+        twin = _whole(name)
+        if twin is None or twin == name or twin not in everywhere:
+            continue
+        if any({name, twin} <= set(names) for names in owners.values()):
+            continue
+        here = next(place for place, names in owners.items() if name in names)
+        there = next(place for place, names in owners.items() if twin in names)
+        text = f"adata.obs[{key!r}] = adata.obs[{key!r}].astype(str)"
+        raise CountsError(
+            f"obs column {key!r} holds {name!r} in {here} and {twin!r} in {there}, which are the "
+            "same number",
+            f"in {there}: {text} + '.0'"
+            if here == "the store"
+            else f"in {here}: {text}.str.removesuffix('.0')",
+        )
+
+
+def _whole(name: str) -> str | None:
+    """Return what a whole number's name is as an integer; None for the name of anything else."""
+    try:
+        number = float(name)
+    except ValueError:
+        return None
+    if not number.is_integer():
+        return None
+    return str(int(number)) if name in (str(number), str(int(number))) else None
+
+
+def _say_unused(columns: Sequence[Column], used: set[str], key: str) -> None:
+    unused = sorted({name for column in columns for name in column.categories} - used)
+    if unused:
+        logger.info(
+            "%d categories of obs column %r have no cells and are left out: %s",
+            *(len(unused), key, listing(unused)),
+        )
 
 
 def _recode(columns: Sequence[Column], names: tuple[str, ...]) -> NDArray[np.int64]:
-    """Turn each input's codes into positions in `names`, end to end."""
+    """Turn each part's codes into positions in `names`, end to end."""
     code = {name: position for position, name in enumerate(names)}
     parts = []
     for column in columns:

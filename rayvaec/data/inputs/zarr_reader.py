@@ -13,16 +13,17 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import zarr
-from anndata.io import read_elem
 from numpy.typing import NDArray
 
 from rayvaec.data.blobs import Blobs, ByteRange
 from rayvaec.data.delta import without_delta_warning
 from rayvaec.data.groups import COLLECTION, group_attributes
-from rayvaec.data.names import choices, listing
-from rayvaec.data.shards import Vector, ZarrVector, open_vector
+from rayvaec.data.inputs.elements import AnnDataGroup, Column
+from rayvaec.data.inputs.failures import reading
+from rayvaec.data.inputs.zarr_access import ZarrAccess
+from rayvaec.data.names import listing
+from rayvaec.data.shards import Vector, open_vector
 from rayvaec.errors import CountsError, StoreError
 from rayvaec.location import Location
 
@@ -98,7 +99,7 @@ class HeldVector(CastVector):
 
 @dataclass(frozen=True)
 class CodedColumn:
-    """An obs column as codes.
+    """An obs column as codes that are read on demand.
 
     Parameters
     ----------
@@ -123,68 +124,75 @@ class Member:
         The store's files.
     name : str
         Its group in the store; empty where the store is this AnnData.
+    layer : str, optional
+        Layer with the counts; X by default, ``"raw"`` for the matrix of `AnnData.raw`.
+
+    Attributes
+    ----------
+    place : str
+        What messages call it.
+    where : str
+        What messages call its matrix.
+    n_cells, n_genes : int
+        Shape of the matrix.
 
     Raises
     ------
     CountsError
-        If it is no AnnData with a CSR matrix X and a name for every cell and gene.
+        If it is no AnnData with a CSR matrix and a name for every cell and gene.
     """
 
-    def __init__(self, where: Location, blobs: Blobs, name: str) -> None:
-        self.blobs, self.name = blobs, name
-        self.where = str(where / name if name else where)
-        try:
-            self.group = zarr.open_group(
+    def __init__(self, where: Location, blobs: Blobs, name: str, layer: str | None = None) -> None:
+        self.blobs, self.name, self.layer = blobs, name, layer
+        self.place = str(where / name if name else where)
+        self.where = f"{self.place}, {'X' if layer is None else f'layer {layer}'}"
+        with reading(self.place):
+            root = zarr.open_group(
                 blobs.zarr_store(), path=name or None, mode="r", use_consolidated=False
             )
-            self._names, self._genes = self._index("obs"), self._index("var")
-            self._check_matrix()
-        except (KeyError, ValueError, TypeError, AttributeError, OSError) as error:
+            self._group = AnnDataGroup(root, ZarrAccess(self.place))
+            self._matrix, self._var = self._group.matrix(layer)
+        self.n_cells, self.n_genes = self._group.obs.n_rows, self._var.n_rows
+        if self._matrix.encoding != "csr":
             raise CountsError(
-                f"{self.where} is no AnnData that can be read ({error})",
-                "write it with anndata.write_zarr of anndata 0.8 or later",
-            ) from error
-
-    @property
-    def n_cells(self) -> int:
-        """Number of rows."""
-        return int(self._names.shape[0])
-
-    @property
-    def n_genes(self) -> int:
-        """Number of columns."""
-        return int(self._genes.shape[0])
+                f"{self.where} is stored as {self._matrix.encoding} and is read by rows, from csr",
+                "make a store of it with `rayvaec prepare`, which reads CSC and dense too",
+            )
 
     @cached_property
     def genes(self) -> tuple[str, ...]:
         """Names of the columns."""
-        return tuple(str(name) for name in self._genes[:])
+        with reading(self.place):
+            return tuple(self._var.names())
 
     @cached_property
     def layers(self) -> list[str]:
-        """The layers that hold counts by their name, as far as can be told without listing."""
-        usual = ("counts", "raw_counts", "count")
-        return [name for name in usual if f"layers/{name}" in self.group]
+        """The layers other than the one that is read, as far as can be told."""
+        with reading(self.place):
+            return [name for name in self._group.layers if name != self.layer]
 
     @property
     def columns(self) -> list[str]:
         """Names of the obs columns."""
-        return [str(name) for name in self.group["obs"].attrs["column-order"]]  # type: ignore[union-attr]
+        with reading(self.place):
+            return self._group.obs.columns
 
     def names(self, start: int, stop: int) -> list[str]:
         """Return the names of a range of cells."""
-        return [str(name) for name in self._name_vector.read(start, stop)]
+        with reading(self.place):
+            return self._group.obs.names(start, stop)
 
-    @cached_property
-    def _name_vector(self) -> Vector:
-        return ZarrVector(self.blobs, self._names.path)
+    def matrix_part(self, part: str) -> Vector:
+        """Open ``data``, ``indices`` or ``indptr`` of the matrix."""
+        return open_vector(self.blobs, self._matrix[part].place)
 
-    def vector(self, path: str) -> Vector:
-        """Open an array of this AnnData."""
-        return open_vector(self.blobs, f"{self.name}/{path}".lstrip("/"))
+    def column(self, key: str) -> Column:
+        """Read an obs column; parameters, result and errors as in `Frame.column`."""
+        with reading(self.place):
+            return self._group.obs.column(key)
 
-    def column(self, key: str) -> CodedColumn:
-        """Open an obs column.
+    def coded_column(self, key: str) -> CodedColumn:
+        """Open an obs column whose codes are read on demand, where it is stored as codes.
 
         Parameters
         ----------
@@ -198,23 +206,15 @@ class Member:
         Raises
         ------
         CountsError
-            If there is no such column; the message lists those that there are.
+            As in `Frame.column`.
         """
-        if key not in self.columns:
-            raise CountsError(
-                f"{self.where} has no obs column {key!r}",
-                f"the columns are {choices(key, self.columns)}",
-            )
-        element: Any = self.group[f"obs/{key}"]
-        if element.attrs.get("encoding-type") == "categorical":
-            categories = read_elem(element["categories"])
-            return CodedColumn(
-                self.vector(f"obs/{key}/codes"), tuple(str(value) for value in categories)
-            )
-        values = pd.Categorical(read_elem(element))
-        return CodedColumn(
-            HeldVector(values.codes), tuple(str(value) for value in values.categories)
-        )
+        with reading(self.place):
+            coded = self._group.obs.coded(key)
+            if coded is not None:
+                codes, categories, _ = coded
+                return CodedColumn(open_vector(self.blobs, codes.place), categories)
+            column = self._group.obs.column(key)
+        return CodedColumn(HeldVector(column.codes), column.categories)
 
     def digest(self, keys: Sequence[str]) -> str:
         """Return what changes where the shape, the types or the layout of the AnnData change.
@@ -225,39 +225,17 @@ class Member:
             The obs columns that matter.
         """
         texts = [f"{self.n_cells} {self.n_genes}"]
-        paths = [f"X/{part}" for part in ("data", "indices", "indptr")]
-        for path in [*paths, *(f"obs/{key}" for key in keys)]:
+        root: Any = zarr.open_group(self.blobs.zarr_store(), mode="r", use_consolidated=False)
+        paths = [self._matrix[part].place for part in ("data", "indices", "indptr")]
+        prefix = f"{self.name}/" if self.name else ""
+        for path in [*paths, *(f"{prefix}obs/{key}" for key in keys)]:
             with without_delta_warning():
-                metadata: Any = self.group[path].metadata
-            texts.append(f"{path} {metadata.to_dict()}")
+                metadata: Any = root[path].metadata
+            texts.append(f"{path.removeprefix(prefix)} {metadata.to_dict()}")
         return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
-    def _index(self, frame: str) -> Any:
-        group: Any = self.group[frame]
-        index = group[group.attrs["_index"]]
-        return index["values"] if isinstance(index, zarr.Group) else index
 
-    def _check_matrix(self) -> None:
-        matrix: Any = self.group["X"]
-        kind = matrix.attrs.get("encoding-type", "array")
-        if kind != "csr_matrix":
-            raise CountsError(
-                f"X of {self.where} is stored as {kind} and is read by rows, from CSR",
-                "make a store of it with `rayvaec prepare`, which reads CSC and dense too",
-            )
-        shape = tuple(int(n) for n in matrix.attrs["shape"])
-        with without_delta_warning():
-            nnz = {matrix[part].shape for part in ("data", "indices")}
-        rows = matrix["indptr"].shape
-        if shape != (self.n_cells, self.n_genes) or rows != (self.n_cells + 1,) or len(nnz) > 1:
-            raise CountsError(
-                f"X of {self.where} has shape {shape} and {rows[0] - 1} rows of values, but "
-                f"{self.n_cells} cells and {self.n_genes} genes have names",
-                "write it again",
-            )
-
-
-def open_members(where: Location, blobs: Blobs) -> list[Member]:
+def open_members(where: Location, blobs: Blobs, layer: str | None = None) -> list[Member]:
     """Open what rayvaec did not write.
 
     Parameters
@@ -266,6 +244,8 @@ def open_members(where: Location, blobs: Blobs) -> list[Member]:
         An AnnData Zarr, or an annbatch collection.
     blobs : Blobs
         Its files.
+    layer : str, optional
+        Layer with the counts of every member.
 
     Returns
     -------
@@ -286,10 +266,10 @@ def open_members(where: Location, blobs: Blobs) -> list[Member]:
                 f"{where} is no AnnData Zarr, no annbatch collection and no store",
                 "write a store with `rayvaec prepare INPUT... --out STORE --labels-key KEY`",
             )
-        return [Member(where, blobs, "")]
+        return [Member(where, blobs, "", layer)]
     members: list[Member] = []
     while group_attributes(blobs, f"dataset_{len(members)}/") is not None:
-        members.append(Member(where, blobs, f"dataset_{len(members)}"))
+        members.append(Member(where, blobs, f"dataset_{len(members)}", layer))
     if not members:
         raise StoreError(f"the collection {where} has no member dataset_0", "copy it again")
     for member in members[1:]:
@@ -302,15 +282,15 @@ def _check_genes(first: Member, other: Member) -> None:
         return
     ours, theirs = set(first.genes), set(other.genes)
     if ours == theirs:
-        problem = f"has its genes in another order than {first.where}"
+        problem = f"has its genes in another order than {first.place}"
     else:
         only_first = [gene for gene in first.genes if gene not in theirs]
         only_other = [gene for gene in other.genes if gene not in ours]
         problem = (
-            f"has other genes: it lacks {listing(only_first, 3)}, and {first.where} lacks "
+            f"has other genes: it lacks {listing(only_first, 3)}, and {first.place} lacks "
             f"{listing(only_other, 3)}"
         )
     raise CountsError(
-        f"{other.where} {problem}",
+        f"{other.place} {problem}",
         "make one store of them with `rayvaec prepare ... --genes intersect`",
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import rayvaec
-from rayvaec.data.inputs.obs_keys import ObsKeys
+from rayvaec.data.inputs.obs import ObsKeys
 from rayvaec.data.names import listing
 from rayvaec.data.store import Store, open_store
 from rayvaec.errors import ConfigError, ModelError, RayvaecError, StoreError
