@@ -31,6 +31,7 @@ def add_train(verbs: Verbs) -> None:
         "not write",
     )
     verb.add_argument("--batch-key", metavar="KEY", help="its obs column of batches")
+    verb.add_argument("--layer", help="its layer with the counts, or raw (default: X)")
     add_out(verb, "RUN", "run folder: best and last model, checkpoints, metrics")
     verb.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON with settings")
     verb.add_argument(
@@ -71,6 +72,7 @@ def _train(arguments: argparse.Namespace) -> None:
         config,
         labels_key=arguments.labels_key,
         batch_key=arguments.batch_key,
+        layer=arguments.layer,
         resume=arguments.resume,
         overwrite=arguments.overwrite,
     )

@@ -77,6 +77,7 @@ def train(
     *,
     labels_key: str | None = None,
     batch_key: str | None = None,
+    layer: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> RunResult:
@@ -96,6 +97,8 @@ def train(
     labels_key, batch_key : str, optional
         The obs columns of labels and batches of an AnnData Zarr or annbatch collection that
         `prepare` did not write; a store has its own.
+    layer : str, optional
+        Its layer with the counts; X by default, ``"raw"`` for `AnnData.raw`.
     resume : bool
         Go on with the run in `out` from its last checkpoint.
     overwrite : bool
@@ -123,7 +126,7 @@ def train(
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other", "give one of them")
     with WriteLock(out):
-        keys = (labels_key, batch_key)
+        keys = (labels_key, batch_key, layer)
         summary, started_at = _train(where, out, config, keys, resume, overwrite)
     # Nothing was left to do where there was no first step.
     startup = 0.0 if started_at is None else started_at - called
@@ -134,7 +137,7 @@ def _train(
     where: Location,
     out: Path,
     config: TrainConfig | None,
-    keys: tuple[str | None, str | None],
+    keys: tuple[str | None, str | None, str | None],
     resume: bool,
     overwrite: bool,
 ) -> tuple[dict[str, Any], float | None]:
@@ -187,10 +190,14 @@ def _result(out: Path, summary: dict[str, Any], startup_seconds: float) -> RunRe
 
 
 def _open(
-    where: Location, resumed: Path | None, labels_key: str | None, batch_key: str | None
+    where: Location,
+    resumed: Path | None,
+    labels_key: str | None,
+    batch_key: str | None,
+    layer: str | None = None,
 ) -> Store:
     """Open a store; one that a resumed run has surveyed is not surveyed again."""
-    keys = None if labels_key is None else ObsKeys(labels_key, batch_key)
+    keys = None if labels_key is None else ObsKeys(labels_key, batch_key, layer)
     named = where.absolute() if isinstance(where, Path) else where
     surveyed = None if resumed is None else resumed / DESCRIPTION
     if surveyed is not None and surveyed.is_file():
@@ -200,9 +207,11 @@ def _open(
     else:
         store = open_store(where, keys)
     registry = store.registry
+    read = None if store.manifest.partitions[0].files else store.manifest.sources[0]["layer"]
     for option, wanted, found in (
         ("--labels-key", labels_key, registry.labels_key),
         ("--batch-key", batch_key, registry.batch_key),
+        ("--layer", layer, read),
     ):
         if wanted is not None and wanted != found:
             raise ConfigError(

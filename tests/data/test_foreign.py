@@ -324,9 +324,7 @@ def test_a_layer_of_counts_is_named(tmp_path):
     adata.layers["counts"] = adata.X.copy()
     adata.X = adata.X * 0.5
     path = write(tmp_path / "atlas.zarr", adata)
-    with pytest.raises(
-        CountsError, match=r"raw counts, such as --layer counts \(layers: counts\)"
-    ):
+    with pytest.raises(CountsError, match=r"raw counts, such as --layer counts \(layers: counts\)"):
         open_store(path, KEYS)
 
 

@@ -252,7 +252,7 @@ class Frame:
             return ArrayView(self._element, self._access, name), None
         found = None if name is None else self._access.child(self._element, name)
         if found is None:
-            raise self._damaged("does not say how its rows are called (it has no index)")
+            raise self._damaged("has no index: nothing says how its rows are called")
         return self._array_and_mask(found, str(name), n_rows=None)
 
     def _index_name(self) -> str | None:
