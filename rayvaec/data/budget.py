@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rayvaec.data.gene_choice import distinct_genes
 from rayvaec.data.inputs.reader import CSC_BLOCKS, Input
 from rayvaec.data.inputs.writer import SHARD_BYTES
 from rayvaec.data.partition import CountsDtypes
@@ -26,7 +27,8 @@ IMPORTS = 64 * 2**20  # what is loaded only later: codecs, Ray's client
 WORKER = 320 * 2**20  # a Ray worker's interpreter and imports
 CELL = 110  # codes, hashes, places and their sorting, for every cell of all inputs
 OLD_CELL = 40  # for every cell of a store that is appended to: its name's hash, and sorting it
-GENE = 400  # names, places, totals
+GENE = 400  # a gene name: in lists and sets, its place, its totals
+LISTED = 24  # a name in a list of genes that an input has and no other: a reference, its column
 READ = 96  # a value of a block: read, checked, aligned, dealt
 WAIT = 16  # a value that waits to be dealt: with its share of its cell's name
 SORT = 40  # a value of a CSC matrix that is sorted by row
@@ -193,7 +195,7 @@ def plan_memory(
     inputs : sequence of Input
         What will be read.
     n_genes : int
-        The most genes that any of them or the store has.
+        Different gene names of all of them.
     n_old_cells : int
         Cells of the store that is appended to.
 
@@ -208,7 +210,9 @@ def plan_memory(
     """
     total = config.memory or machine_memory() // 4
     n_cells = sum(source.n_cells for source in inputs)
-    held = resident() + IMPORTS + CELL * n_cells + OLD_CELL * n_old_cells + GENE * n_genes
+    n_listed = sum(source.n_genes for source in distinct_genes(inputs))
+    genes = GENE * n_genes + LISTED * n_listed
+    held = resident() + IMPORTS + CELL * n_cells + OLD_CELL * n_old_cells + genes
     free = int(USABLE * total) - held
     each = READ + WAIT * WAITING_BLOCKS
     if any(source.encoding == "csc" for source in inputs):

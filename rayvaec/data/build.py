@@ -34,6 +34,7 @@ from rayvaec.data.append import (
 )
 from rayvaec.data.budget import Budget, plan_memory
 from rayvaec.data.dealing import PartitionPlan, deal, plan_partitions, shuffled_positions
+from rayvaec.data.gene_choice import share_gene_names
 from rayvaec.data.inputs.reader import Input
 from rayvaec.data.lock import WriteLock
 from rayvaec.data.manifest import Manifest, PartitionInfo
@@ -122,8 +123,8 @@ def prepare(
         if old is not None and resume and _is_appended(out, old):
             remove(Workspace(out).folder)
             return old.manifest
-        sources = [stack.enter_context(Input(path, config.layer)) for path in inputs]
-        n_genes = sum(source.n_genes for source in sources)
+        sources = [Input(path, config.layer) for path in inputs]
+        n_genes = share_gene_names(sources)
         budget = plan_memory(config, sources, n_genes, old.manifest.n_cells if old else 0)
         if config.num_workers > 1:
             stack.enter_context(ray_session())

@@ -134,6 +134,11 @@ def _result(reference: Any) -> PartitionInfo:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, RayvaecError | OSError):
+        if isinstance(error.cause, Exception):
             raise error.cause from error
         raise
+    except ray.exceptions.RayError as error:
+        raise RayvaecError(
+            f"a worker that wrote a partition was lost ({type(error).__name__})",
+            "go on with --resume, with fewer --num-workers where memory was short",
+        ) from error

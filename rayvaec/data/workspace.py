@@ -19,7 +19,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from rayvaec.errors import ConfigError, CountsError, StoreError
+from rayvaec.errors import ConfigError, RayvaecError, StoreError
 from rayvaec.files import FULL_DISK, remove, write_json
 
 logger = logging.getLogger("rayvaec")
@@ -89,8 +89,9 @@ def working(
 ) -> Iterator[Workspace]:
     """Open the workspace of an output, whose lock the caller holds.
 
-    It is removed at the end. After an error it is removed too if this call began the work and the
-    error is the user's mistake or a full disk; everything else leaves it to be gone on with.
+    It is removed at the end. After an error it is removed too, if this call began the work and
+    the next call would fail like it: for a mistake in the input or in the code. An interruption,
+    storage that fails and lost workers leave it to be gone on with.
 
     Parameters
     ----------
@@ -123,13 +124,20 @@ def working(
                 work.write("plan", plan)
             yield work
     except BaseException as error:
-        if isinstance(error, CountsError | ConfigError | StoreError) and not went_on:
+        if not (went_on or _may_pass(error)):
             remove(work.folder)
         else:
             with suppress(OSError):
                 logger.warning("the same command with --resume goes on (%s)", work.describe())
         raise
     remove(work.folder)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Return whether the same call may succeed later: the cause is no mistake in input or code."""
+    if isinstance(error, RayvaecError):
+        return error.exit_code == RayvaecError.exit_code
+    return isinstance(error, OSError | MemoryError) or not isinstance(error, Exception)
 
 
 @contextmanager

@@ -20,8 +20,10 @@ from rayvaec.data.budget import (
     show_bytes,
 )
 from rayvaec.data.build import PrepareConfig, prepare
+from rayvaec.data.gene_choice import columns_of, share_gene_names
 from rayvaec.data.inputs.reader import Input
 from rayvaec.data.partition import CountsDtypes
+from rayvaec.data.registry import Registry
 from rayvaec.errors import ConfigError
 
 DTYPES = CountsDtypes(np.dtype("u2"), np.dtype("u2"))
@@ -81,6 +83,32 @@ def test_wider_rows_need_more(write_input, tmp_path, form):
         assert plan_memory(config, [source], 1).block_elements >= 200_000
         with pytest.raises(ConfigError, match="3 cells with up to 200,000 values each"):
             plan_memory(replace(config, memory=budget.resident() + 90 * MIB), [source], 1)
+
+
+def test_inputs_share_the_names_of_their_genes(write_input):
+    genes = [f"ENSG{gene:011d}" for gene in range(20_000)]
+    x = np.ones((2, 20_000), "f4")
+    paths = [
+        write_input(x, "a.h5ad", genes=genes),
+        write_input(x[:, 1:], "b.h5ad", genes=genes[1:]),
+    ]
+    config = PrepareConfig("cell_type", memory=MIB)
+    needed = []
+    for copies in (1, 40):
+        sources = [Input(path) for path in paths for _ in range(copies)]
+        n_genes = share_gene_names(sources)
+        assert n_genes == 20_000
+        assert len({id(source.genes) for source in sources}) == 2
+        assert sources[-1].genes[0] is sources[0].genes[1]
+        assert [source.genes for source in sources[::copies]] == [genes, genes[1:]]
+        registry = Registry(tuple(genes), ("T",), "cell_type")
+        columns = columns_of(registry, sources)
+        assert len({id(column) for column in columns}) == 2
+        np.testing.assert_array_equal(columns[-1], np.arange(1, 20_000))
+        with pytest.raises(ConfigError, match="too little") as caught:
+            plan_memory(config, sources, n_genes)
+        needed.append(parse_bytes(re.search(r"--memory (\w+) or more", caught.value.fix)[1]))
+    assert needed[1] < needed[0] + 16 * MIB  # without sharing: 600 MiB
 
 
 def test_partitions_are_halved_only_where_one_does_not_fit():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import resource
 import tracemalloc
 from pathlib import Path
 
@@ -192,6 +194,21 @@ def test_the_last_cells_are_for_validation(write_input, counts, tmp_path, fracti
     assert prepare([write_input(counts)], tmp_path / "store", config).n_train == n_train
 
 
+@pytest.mark.parametrize("form", ["csr", "csc", "dense"])
+def test_inputs_may_be_more_than_files_that_a_process_may_open(write_input, counts, tmp_path, form):
+    paths = [write_input(counts, f"{number:02}.h5ad", form) for number in range(40)]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 20, limits[1]))
+    try:
+        manifest = prepare(paths, tmp_path / "store", LABELS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert manifest.n_cells == 40 * len(counts)
+    assert manifest.gene_totals == tuple(40 * counts.sum(axis=0))
+    assert len(os.listdir("/proc/self/fd")) <= in_use + 1
+
+
 def test_memory_does_not_grow_with_the_input(write_input, tmp_path):
     rng = np.random.default_rng(0)
     x = sparse.random_array((20_000, 1_000), density=0.1, rng=rng, dtype="f4", format="csr")
@@ -340,6 +357,56 @@ def test_genes_that_differ_are_refused(write_input, counts, tmp_path):
     none = write_input(counts[:, :9], "c.h5ad", genes=list("ABCDEFGHI"))
     with pytest.raises(CountsError, match=r"no gene is in all inputs \(.*a.h5ad: g0, g1, g2 and 9"):
         prepare([paths[0], none], tmp_path / "store", PrepareConfig("cell_type", genes="intersect"))
+
+
+def named(write_input, counts, **files: str) -> list[Path]:
+    """Write inputs whose genes are called by single letters."""
+    return [
+        write_input(counts[:, : len(genes)] + 1, f"{name}.h5ad", genes=list(genes))
+        for name, genes in files.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("files", "stranger"),
+    [
+        ({"a": "ABC", "b": "DEF"}, "b"),
+        ({"a": "ABC", "b": "ABC", "c": "XYZ"}, "c"),
+        ({"a": "ABC", "b": "XYZ", "c": "ABC", "d": "XYZ"}, "b"),
+    ],
+)
+def test_a_union_of_strangers_is_refused(write_input, counts, tmp_path, files, stranger):
+    paths = named(write_input, counts, **files)
+    with pytest.raises(CountsError) as caught:
+        prepare(paths, tmp_path / "store", PrepareConfig("cell_type", genes="union"))
+    first, other = ", ".join(files["a"]), ", ".join(files[stranger])
+    assert caught.value.detail == (
+        f"{tmp_path / stranger}.h5ad shares no gene with {tmp_path}/a.h5ad ({other}; {first})"
+    )
+    assert "one kind of gene names" in caught.value.fix
+    assert sorted(tmp_path.iterdir()) == paths
+
+
+@pytest.mark.parametrize(
+    ("choice", "files", "shared"),
+    [
+        ("union", {"a": "ABC", "b": "CDE"}, "share 1 of 5 genes, the others count as zero"),
+        # A chain: each has a gene in common with the next.
+        ("union", {"a": "AB", "b": "CD", "c": "BC"}, "share 0 of 4 genes, the others count"),
+        ("union", {"a": "ABCD", "b": "ABCE"}, None),
+        ("union", {"a": "ABCD", "b": "BADC"}, None),
+        ("intersect", {"a": "ABCDE", "b": "EFGHI"}, "share 1 of 5 genes, the others are left out"),
+        ("intersect", {"a": "ABCDEFGHIJ", "b": "AB"}, None),
+    ],
+)
+def test_few_shared_genes_are_warned_of(
+    write_input, counts, tmp_path, caplog, choice, files, shared
+):
+    paths = named(write_input, counts, **files)
+    prepare(paths, tmp_path / "store", PrepareConfig("cell_type", genes=choice))
+    said = [record.getMessage() for record in caplog.records if "share" in record.getMessage()]
+    assert len(said) == (shared is not None)
+    assert shared is None or (shared in said[0] and "one kind of gene names" in said[0])
 
 
 @pytest.mark.filterwarnings("ignore:Variable names are not unique")

@@ -17,7 +17,7 @@ from rayvaec.data import workspace
 from rayvaec.data.build import PrepareConfig, prepare
 from rayvaec.data.inputs.reader import Input
 from rayvaec.data.store import open_store
-from rayvaec.errors import ConfigError, CountsError, StoreError
+from rayvaec.errors import ConfigError, CountsError, RayvaecError, StoreError
 
 CONFIG = PrepareConfig("cell_type", block_elements=20, partition_elements=60)
 
@@ -267,6 +267,62 @@ def test_a_fault_that_is_nobody_s_mistake_can_be_gone_on_from(inputs, tmp_path, 
         patch.setattr("rayvaec.data.partition_jobs.gather", fault)
         with pytest.raises(OSError, match="Input/output"):
             prepare(inputs, out, CONFIG)
+    prepare(inputs, out, CONFIG, resume=True)
+    open_store(out).verify()
+
+
+STEPS = [
+    "rayvaec.data.build.read_names",
+    "rayvaec.data.survey.as_counts",
+    "rayvaec.data.dealing.aligned_blocks",
+    "rayvaec.data.partition_jobs.write_partition",
+    "rayvaec.data.build.write_manifest",
+]
+
+
+@pytest.mark.parametrize("target", STEPS)
+@pytest.mark.parametrize("error", [KeyError("column-order"), AssertionError(), RecursionError()])
+def test_an_error_of_the_code_leaves_nothing_that_is_in_the_way(
+    inputs, tmp_path, monkeypatch, target, error
+):
+    out = tmp_path / "new/store"
+
+    def fault(*args, **options):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, fault)
+        with pytest.raises(type(error)):
+            prepare(inputs, out, CONFIG)
+    assert sorted(tmp_path.iterdir()) == inputs
+    prepare(inputs, out, CONFIG)
+    open_store(out).verify()
+
+
+def test_an_error_of_the_code_does_not_take_what_was_there_before(inputs, tmp_path, monkeypatch):
+    out = tmp_path / "store"
+    interrupted(inputs, out, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr("rayvaec.data.build.write_manifest", lambda *_: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare(inputs, out, CONFIG, resume=True)
+    prepare(inputs, out, CONFIG, resume=True)
+    open_store(out).verify()
+
+
+@pytest.mark.parametrize("lost", [RayvaecError("a worker was lost", "--resume"), MemoryError()])
+def test_what_may_pass_can_be_gone_on_from(inputs, tmp_path, monkeypatch, lost):
+    out = tmp_path / "store"
+
+    def fault(*args, **options):
+        raise lost
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rayvaec.data.partition_jobs.gather", fault)
+        with pytest.raises(type(lost)):
+            prepare(inputs, out, CONFIG)
+    with pytest.raises(StoreError, match="0 of 5 partitions are written.*go on with --resume"):
+        prepare(inputs, out, CONFIG)
     prepare(inputs, out, CONFIG, resume=True)
     open_store(out).verify()
 
