@@ -31,6 +31,11 @@ def add_serve(verbs: Verbs) -> None:
         help="a name that requests may be sent to, beside this machine's own; may be repeated",
     )
     verb.add_argument("--use-gpu", action="store_true", help="one GPU a replica")
+    verb.add_argument(
+        "--enable-h5ad-uploads",
+        action="store_true",
+        help="let requests be h5ad files: HDF5 is C code that reads what strangers send",
+    )
     verb.set_defaults(run=_serve)
 
 
@@ -46,4 +51,5 @@ def _serve(arguments: argparse.Namespace) -> None:
         token_file=arguments.token_file,
         allowed_hosts=arguments.allowed_host,
         use_gpu=arguments.use_gpu,
+        enable_h5ad_uploads=arguments.enable_h5ad_uploads,
     )

@@ -62,6 +62,8 @@ class ServeArgs(BaseModel):
         CPUs that Ray sets aside for each; a replica draws on so many threads.
     use_gpu : bool
         Whether each takes a GPU.
+    enable_h5ad_uploads : bool
+        Whether requests may be h5ad files.
     limits : Limits
         Bounds on requests, per replica.
     """
@@ -76,6 +78,7 @@ class ServeArgs(BaseModel):
     num_replicas: int | str = 1
     cpus_per_replica: float = Field(1.0, gt=0)
     use_gpu: bool = False
+    enable_h5ad_uploads: bool = False
     limits: Limits = Limits()
 
     @model_validator(mode="after")
@@ -113,7 +116,9 @@ class Endpoint:
         self._services: dict[str, Service] = {}
         for name, folder in args.named_models.items():
             model = load_model(folder, "cuda" if args.use_gpu else "cpu")
-            self._services[name] = Service(model, args.limits, threads)
+            self._services[name] = Service(
+                model, args.limits, threads, h5ad_uploads=args.enable_h5ad_uploads
+            )
             self._services[name].warm_up()
         self._metrics: Metrics | None = None
         log_with_serve()
@@ -191,6 +196,7 @@ def run(
     port: int = 8000,
     num_replicas: int | str = 1,
     use_gpu: bool = False,
+    enable_h5ad_uploads: bool = False,
     token_file: str | Path | None = None,
     allowed_hosts: Sequence[str] = (),
 ) -> None:
@@ -208,6 +214,8 @@ def run(
         As in `ServeArgs`.
     use_gpu : bool
         Whether each replica takes a GPU.
+    enable_h5ad_uploads : bool
+        Whether requests may be h5ad files, which are the largest attack surface.
     token_file : str or Path, optional
         File with the token that requests need; by default RAYVAEC_TOKEN, if it is set.
     allowed_hosts : sequence of str
@@ -249,6 +257,7 @@ def run(
                     num_replicas=num_replicas,
                     cpus_per_replica=1.0 if joined else cpus,
                     use_gpu=use_gpu,
+                    enable_h5ad_uploads=enable_h5ad_uploads,
                 )
                 with _deployed(args, host, port):
                     _announce(registries, host, port, digest is not None)

@@ -7,8 +7,13 @@ from collections.abc import Sequence
 from rayvaec.errors import RequestError
 from rayvaec.serve.wire import ARROW, H5AD, JSON
 
+_UPLOADS_ARE_OFF = (
+    ", as rayvaec.client does with an AnnData; h5ad uploads are off unless the server is started "
+    "with --enable-h5ad-uploads"
+)
 
-def content_type(header: str | None, understood: Sequence[str]) -> str:
+
+def content_type(header: str | None, understood: Sequence[str], h5ad_uploads: bool = True) -> str:
     """Return the media type of a request's body.
 
     Parameters
@@ -17,6 +22,8 @@ def content_type(header: str | None, understood: Sequence[str]) -> str:
         Value of Content-Type.
     understood : sequence of str
         Those that the route takes.
+    h5ad_uploads : bool
+        Whether any route takes h5ad files.
 
     Returns
     -------
@@ -31,7 +38,8 @@ def content_type(header: str | None, understood: Sequence[str]) -> str:
     if kind not in understood:
         raise RequestError(
             f"Content-Type {kind[:60]!r} is not understood",
-            f"send {' or '.join(understood)}",
+            f"send {' or '.join(understood)}"
+            + ("" if h5ad_uploads or kind != H5AD else _UPLOADS_ARE_OFF),
             *(415, "unsupported_media_type"),
         )
     return kind

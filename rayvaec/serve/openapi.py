@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import FastAPI
@@ -93,6 +93,13 @@ ROUTES = (
         "Denoised expression: each gene's share of the expected counts",
     ),
 )
+
+
+def routes(h5ad_uploads: bool) -> Iterable[Route]:
+    """Yield every kind of work; without uploads, none takes an h5ad body or its parameters."""
+    for route in ROUTES:
+        yield route if h5ad_uploads else replace(route, parameters=None)
+
 
 _STATUSES = {
     400: "The body cannot be decoded",

@@ -166,7 +166,7 @@ def _add_all(app: FastAPI, service: Service, prefix: str, tag: str, shown: bool)
     about: dict[str, Any] = {"tags": [tag], "include_in_schema": shown}
     _add_model(app, service, prefix, about)
     _add_summary(app, service, prefix, about)
-    for route in openapi.ROUTES:
+    for route in openapi.routes(service.h5ad_uploads):
         _add_work(app, service, f"{prefix}/{route.name}", route, about)
 
 
@@ -223,7 +223,9 @@ def _add_work(
         **about,
     )
     async def work(request: Request) -> Response:
-        kind = content_type(request.headers.get("content-type"), route.understood)
+        kind = content_type(
+            request.headers.get("content-type"), route.understood, service.h5ad_uploads
+        )
         gzipped = is_gzipped(request.headers.get("content-encoding"))
         answer = accepted(request.headers.get("accept"))
         length = request.headers.get("content-length")

@@ -112,10 +112,19 @@ class Service:
         Bounds on requests.
     threads : Threads, optional
         Those that work for it; by default threads of its own.
+    h5ad_uploads : bool
+        Whether it takes h5ad bodies.
     """
 
-    def __init__(self, model: TrainedModel, limits: Limits, threads: Threads | None = None) -> None:
-        self.model, self.limits = model, limits
+    def __init__(
+        self,
+        model: TrainedModel,
+        limits: Limits,
+        threads: Threads | None = None,
+        *,
+        h5ad_uploads: bool = False,
+    ) -> None:
+        self.model, self.limits, self.h5ad_uploads = model, limits, h5ad_uploads
         self._threads = threads or Threads(limits)
         work = partial(run_jobs, model.module)
         self._merger = Merger(work, MERGED_ROWS, self._threads.sampler)

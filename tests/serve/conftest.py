@@ -89,10 +89,13 @@ def serve_with(trained: TrainedModel) -> Iterator[Callable[..., Http]]:
     built: list[Service] = []
 
     def build(
-        token_digest: str | None = None, allowed_hosts: Sequence[str] = (), **limits: Any
+        token_digest: str | None = None,
+        allowed_hosts: Sequence[str] = (),
+        h5ad_uploads: bool = True,
+        **limits: Any,
     ) -> Http:
         bounds = Limits(**limits)
-        built.append(Service(trained, bounds))
+        built.append(Service(trained, bounds, h5ad_uploads=h5ad_uploads))
         services = {"model": built[-1]}
         return Http(create_app(services, bounds, token_digest, allowed_hosts=allowed_hosts))
 
@@ -103,5 +106,5 @@ def serve_with(trained: TrainedModel) -> Iterator[Callable[..., Http]]:
 
 @pytest.fixture(scope="session")
 def http(serve_with: Callable[..., Http]) -> Http:
-    """The application with default limits and no token."""
+    """The application with default limits and h5ad uploads, without a token."""
     return serve_with()

@@ -16,16 +16,18 @@ from typing import Any
 import anndata
 import h5py
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
 from rayvaec.errors import RequestError
+from rayvaec.serve.app import ServeArgs
 from rayvaec.serve.bodies import query_parameters
 from rayvaec.serve.h5ad.reading import Columns, read_cells
-from rayvaec.serve.h5ad.sandbox import Sandbox
+from rayvaec.serve.h5ad.sandbox import Sandbox, _refusal, receive, send
+from rayvaec.serve.limits import Limits
+from rayvaec.serve.service import Service
 from rayvaec.serve.wire import ARROW, H5AD, decode_cells
 
 MEGABYTE = 2**20
@@ -154,14 +156,21 @@ def test_what_anndata_writes_is_read(few, form, compression):
     assert np.array_equal(x.toarray(), few.X.toarray())
 
 
-def test_labels_may_be_missing_or_numbers(few):
-    adata = few.copy()
-    adata.obs["cell_type"] = pd.Categorical(["a", None, "a", "b", None])
-    adata.obs["cluster"] = np.arange(5)
-    body = written(adata)
-    assert read_cells(body, COLUMNS, MEGABYTE)[0].labels == ["a", None, "a", "b", None]
-    numbered, _ = read_cells(body, Columns("cluster"), MEGABYTE)
-    assert numbered.labels == ["0", "1", "2", "3", "4"]
+def test_uploads_are_off_by_default(serve_with, trained, whole):
+    off = serve_with(h5ad_uploads=False)
+    response = off.post("/v1/latent", content=whole, headers={"Content-Type": H5AD})
+    assert response.status_code == 415
+    assert "unless the server is started with --enable-h5ad-uploads" in response.json()["fix"]
+    taken = off.get("/openapi.json").json()["paths"]["/v1/latent"]["post"]
+    assert H5AD not in taken["requestBody"]["content"]
+    assert "parameters" not in taken
+    asked = {"label": trained.registry.labels[0], "library": 100}
+    answer = off.post("/v1/generate", json=asked, headers={"Accept": H5AD})
+    assert answer.headers["content-type"] == H5AD
+    service = Service(trained, Limits())
+    assert not service.h5ad_uploads
+    service.close()
+    assert not ServeArgs(model="model").enable_h5ad_uploads
 
 
 def test_the_sandbox_gives_what_reading_gives(sandbox, whole, few):
@@ -184,12 +193,15 @@ def refused(box: Sandbox, body: bytes, columns: Columns = COLUMNS) -> RequestErr
     [
         (
             Columns("cell_typ"),
-            "obs has no column 'cell_typ'; name one with labels_key; .*'cell_type'",
+            "the file has no obs column 'cell_typ'; the columns are cell_type",
         ),
-        (Columns("cell_type", "donor"), "obs has no column 'donor'; name one with batch_key"),
-        (Columns("cell_type", None, "raw"), "the file has no layers/raw"),
-        (Columns("../X/data"), "obs has no column"),
-        (Columns("."), "obs has no column"),
+        (Columns("cell_type", "donor"), "the file has no obs column 'donor'; the columns are"),
+        (
+            Columns("cell_type", None, "raw"),
+            "the file has no layer 'raw'; leave out layer to read X",
+        ),
+        (Columns("../X/data"), "the file has no obs column"),
+        (Columns("."), "the file has no obs column"),
     ],
 )
 def test_what_is_not_there_is_named(sandbox, whole, columns, words):
@@ -222,6 +234,8 @@ NOT_H5AD = {
     "no shape": lambda h5: h5["X"].attrs.__setitem__("shape", 5),
     "codes": put("obs/cell_type/codes", np.array([0, 1, 2, 3, 99], np.int8)),
     "too few codes": put("obs/cell_type/codes", np.array([0], np.int8)),
+    "X/indptr": put("X/indptr", np.array([0, 1])),
+    "X/data of another length": put("X/data", np.ones(3)),
     "odd column": lambda h5: h5["obs/cell_type"].attrs.__setitem__("encoding-type", "awkward"),
 }
 
@@ -233,11 +247,8 @@ def test_another_hdf5_is_undecodable(sandbox, whole, name):
 
 
 WRONG_VALUES = {
-    "X/indptr": np.array([0, 1]),
     "X/indices": lambda h5, path: h5.create_dataset(path, data=np.full(len(h5["X/data"]), 7000)),
-    "X/data": np.array([b"x"]),
-    "obs/_index": np.arange(5.0),
-    "obs/cell_type/categories": np.arange(4.0),
+    "X/data": lambda h5, path: h5.create_dataset(path, data=[b"x"] * len(h5["X/indices"])),
 }
 
 
@@ -286,33 +297,78 @@ def test_the_sandbox_can_open_no_file(sandbox, whole, monkeypatch, tmp_path):
     assert files.split()[3:5] == ["0", "0"]
     environment = Path(f"/proc/{sandbox._process.pid}/environ").read_text()
     assert "TOKEN" not in environment
+    status = Path(f"/proc/{sandbox._process.pid}/status").read_text()
+    said = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    assert said["NoNewPrivs"] == "1"
+    assert {int(said[name], 16) for name in ("CapEff", "CapPrm", "CapInh")} == {0}
+
+
+def test_the_sandbox_reaches_no_network():
+    script = (
+        "import rayvaec.serve.h5ad.worker as w, resource, socket; w._confine(2**20)\n"
+        "try: resource.setrlimit(resource.RLIMIT_NOFILE, (9, 9)); print('raised')\n"
+        "except (OSError, ValueError): print('held')\n"
+        "try: socket.socket(); print('open')\n"
+        "except OSError: print('closed')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
+    assert done.stdout.split() == [b"held", b"closed"], done.stderr
+
+
+def test_no_more_is_read_of_the_sandbox_than_may_come():
+    pipe = io.BytesIO()
+    send(pipe, {"a": "b" * 50}, b"body")
+    for bounds in ((40, None), (None, 3)):
+        pipe.seek(0)
+        with pytest.raises(ValueError, match="above (40|3)"):
+            receive(pipe, *bounds)
+    pipe.seek(0)
+    assert receive(pipe, 100, 4) == ({"a": "b" * 50}, b"body")
+
+
+@pytest.mark.parametrize("said", [None, [], "x" * 4, ["a", "b", 200, "ok"], ["a", "b", "413", "c"]])
+def test_an_odd_refusal_of_the_sandbox_is_undecodable(said):
+    assert _refusal(said).status == 400
+
+
+def test_a_refusal_of_the_sandbox_is_bounded():
+    error = _refusal(["a" * 10**6, "b" * 10**6, 413, "c" * 10**6])
+    assert (error.status, len(error.detail), len(error.fix)) == (413, 2000, 2000)
 
 
 def huge(h5: h5py.File, path: str) -> None:
-    h5.create_dataset(path, (2**40,), np.int32, chunks=(1024,))
+    for name in ("data", "indices", "indptr"):
+        h5[path].pop(name, None)
+    for name in ("data", "indices"):
+        h5[path].create_dataset(name, (2**40,), np.int32, chunks=(1024,))
+    h5[path]["indptr"] = np.array([0, 0, 0, 0, 0, 2**40])
 
 
 def huge_chunk(h5: h5py.File, path: str) -> None:
+    del h5[path]
     h5.create_dataset(path, (5,), np.int32, maxshape=(None,), chunks=(2**28,), compression="gzip")
 
 
 def deflated(h5: h5py.File, path: str) -> None:
-    """A chunk of 4 KiB that decompresses to 256 MiB."""
-    data = h5.create_dataset(path, (1024,), np.int32, chunks=(1024,), compression="gzip")
+    """A chunk of some KiB that decompresses to 256 MiB."""
+    shape = (5, len(h5["var/_index"]))
+    del h5[path]
+    data = h5.create_dataset(path, shape, np.int32, chunks=shape, compression="gzip")
     packer = zlib.compressobj(9)
     packed = b"".join(packer.compress(bytes(MEGABYTE)) for _ in range(256)) + packer.flush()
-    data.id.write_direct_chunk((0,), packed)
+    data.id.write_direct_chunk((0, 0), packed)
 
 
 def repeated(h5: h5py.File, path: str) -> None:
     """Many references to one long string."""
-    plain = h5.create_dataset(path, (20_000,), h5py.string_dtype())
-    plain[0] = "x" * 100_000
+    del h5[path]
+    plain = h5.create_dataset(path, (5,), h5py.string_dtype())
+    plain[0] = "x" * MEGABYTE
     file_id = h5.id
     h5.flush()
     body = bytearray(file_id.get_file_image())
     offset = plain.id.get_offset()
-    body[offset : offset + 16 * 20_000] = bytes(body[offset : offset + 16]) * 20_000
+    body[offset : offset + 16 * 5] = bytes(body[offset : offset + 16]) * 5
     raise ReplacedError(bytes(body))
 
 
@@ -323,15 +379,15 @@ class ReplacedError(Exception):
 @pytest.mark.parametrize(
     ("path", "bomb"),
     [
-        ("X/data", huge),
+        ("X", huge),
         ("X/data", huge_chunk),
-        ("X/data", deflated),
+        ("X", deflated),
         ("obs/_index", repeated),
     ],
 )
 def test_a_bomb_is_refused_and_the_next_file_is_read(sandbox, whole, path, bomb):
     try:
-        body = changed(whole, put(path, bomb))
+        body = changed(whole, lambda h5: bomb(h5, path))
     except ReplacedError as replaced:
         body = replaced.args[0]
     assert len(body) < 4 * MEGABYTE
@@ -389,7 +445,7 @@ def test_a_file_that_kills_the_sandbox_costs_its_sender_alone(sandbox, whole):
         ("n_samples=1&nonsense=1", 422, "unknown field nonsense"),
         ("n_samples=1&allow_missing=yes", 422, "allow_missing is 'yes'"),
         ("n_samples=1&reduce=quantiles&quantiles=half", 422, "quantiles[0] is 'half'"),
-        ("n_samples=1&labels_key=nothing", 422, "obs has no column 'nothing'"),
+        ("n_samples=1&labels_key=nothing", 422, "the file has no obs column 'nothing'"),
         ("n_samples=1000000", 413, "above the largest"),
     ],
 )

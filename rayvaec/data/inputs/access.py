@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 import h5py
+import numpy as np
 from numpy.typing import NDArray
 
 from rayvaec.errors import CountsError, FormatError
@@ -118,7 +119,8 @@ class Access:
         array
             As it is stored.
         """
-        return (array if field is None else array.fields(field))[rows]
+        source = array if field is None else array.fields(field)
+        return source[rows] if array.shape else np.atleast_1d(source[()])
 
 
 def filters_of(array: Any) -> list[int]:

@@ -77,7 +77,7 @@ class ArrayView:
             raise FormatError(f"{place_of(array)} of {access.where} holds nothing", _AGAIN)
         self._array, self._access, self._field = array, access, field
         self.place = place_of(array) if field is None else f"{place_of(array)}/{field}"
-        self.shape: tuple[int, ...] = array.shape
+        self.shape: tuple[int, ...] = array.shape or (1,)
         self.chunks = array.chunks
         stored = np.dtype(array.dtype if field is None else array.dtype[field])
         self.dtype = _native(stored)
@@ -249,11 +249,12 @@ class Frame:
     def _open_index(self) -> tuple[ArrayView, ArrayView | None]:
         name = self._index_name()
         if self._fields is not None and name is not None:
-            return ArrayView(self._element, self._access, name), None
+            array = ArrayView(self._element, self._access, name)
+            return self._checked([array], name)[0], None
         found = None if name is None else self._access.child(self._element, name)
         if found is None:
             raise self._damaged("has no index: nothing says how its rows are called")
-        return self._array_and_mask(found, str(name), n_rows=None)
+        return self._array_and_mask(found, str(name))
 
     def _index_name(self) -> str | None:
         if self._fields is not None:
@@ -301,30 +302,35 @@ class Frame:
     def _values(self, key: str) -> tuple[ArrayView, ArrayView | None]:
         """Open a column that is stored as values, and what marks the missing ones."""
         if self._fields is not None:
-            return ArrayView(self._element, self._access, key), None
-        return self._array_and_mask(self._child(key), key, n_rows=self.n_rows)
+            array = ArrayView(self._element, self._access, key)
+            return self._checked([array], key)[0], None
+        values, mask = self._array_and_mask(self._child(key), key)
+        self._check_length(key, values)
+        return values, mask
 
-    def _array_and_mask(
-        self, element: Any, key: str, n_rows: int | None = None
-    ) -> tuple[ArrayView, ArrayView | None]:
-        """Open values of any encoding; `n_rows`: how many there must be."""
+    def _array_and_mask(self, element: Any, key: str) -> tuple[ArrayView, ArrayView | None]:
+        """Open values of any encoding."""
         arrays = [element]
         if not hasattr(element, "shape"):
             kind = element.attrs.get("encoding-type")
             arrays = [self._access.child(element, name) for name in ("values", "mask")]
             if kind not in _NULLABLE or not all(hasattr(array, "shape") for array in arrays):
                 raise self._damaged(f"has the column {key!r} encoded as {kind!r:.60}")
-        views = [ArrayView(array, self._access) for array in arrays]
-        values, mask = views[0], views[1] if len(views) > 1 else None
-        if not (values.is_text or values.dtype.kind in _KINDS) or len(values.shape) > 1:
-            raise self._damaged(f"has values of type {values.dtype} in column {key!r}")
-        for view in views if n_rows is not None else ():
-            self._check_length(key, view)
-        if mask is not None and mask.shape != values.shape:
-            raise self._damaged(
-                f"has {mask.shape} marks for {values.shape} values in column {key!r}"
-            )
-        return values, mask
+        values, *masks = self._checked([ArrayView(a, self._access) for a in arrays], key)
+        return values, masks[0] if masks else None
+
+    def _checked(self, arrays: list[ArrayView], key: str) -> list[ArrayView]:
+        """Refuse arrays that are no columns, or a mask of another length than its values."""
+        for array in arrays:
+            if len(array.shape) != 1 or not (array.is_text or array.dtype.kind in _KINDS):
+                raise self._damaged(
+                    f"has {len(array.shape)}-dimensional values of type {array.dtype} in column "
+                    f"{key!r}"
+                )
+        if len({len(array) for array in arrays}) > 1:
+            n_values, n_marks = map(len, arrays)
+            raise self._damaged(f"has {n_marks} marks for {n_values} values in column {key!r}")
+        return arrays
 
     def _child(self, key: str) -> Any:
         if key not in self.columns:

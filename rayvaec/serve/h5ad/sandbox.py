@@ -17,11 +17,18 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, BinaryIO, cast
 
-from rayvaec.errors import RequestError
+from rayvaec.errors import (
+    PayloadTooLargeError,
+    RequestError,
+    UndecodableError,
+    UnprocessableError,
+)
 from rayvaec.serve.h5ad.reading import Columns
 
 _LENGTHS = struct.Struct("<QQ")
 _LONGEST_READ_S = 60.0
+_MAX_HEADER, MAX_WORDS = 2**16, 2000
+_REFUSALS = {400: UndecodableError, 413: PayloadTooLargeError, 422: UnprocessableError}
 
 
 def send(target: BinaryIO, header: dict[str, Any], body: bytes) -> None:
@@ -43,25 +50,42 @@ def send(target: BinaryIO, header: dict[str, Any], body: bytes) -> None:
     target.flush()
 
 
-def receive(source: BinaryIO) -> tuple[dict[str, Any], bytes] | None:
+def receive(
+    source: BinaryIO, max_header: int | None = None, max_body: int | None = None
+) -> tuple[dict[str, Any], bytes] | None:
     """Read a message of `send`.
 
     Parameters
     ----------
     source : binary file
         A pipe.
+    max_header, max_body : int, optional
+        The most bytes of either that are read.
 
     Returns
     -------
     tuple of dict and bytes, or None
         None at the end, in the middle of a message as well.
+
+    Raises
+    ------
+    ValueError
+        If it is longer, or its header is not a JSON object.
     """
     lengths = source.read(_LENGTHS.size)
     if len(lengths) < _LENGTHS.size:
         return None
+    for n, most in zip(_LENGTHS.unpack(lengths), (max_header, max_body), strict=True):
+        if most is not None and n > most:
+            raise ValueError(f"a message of {n} bytes, above {most}")
     n_header, n_body = _LENGTHS.unpack(lengths)
     words, body = source.read(n_header), source.read(n_body)
-    return (json.loads(words), body) if len(body) == n_body else None
+    if len(body) < n_body:
+        return None
+    header = json.loads(words)
+    if not isinstance(header, dict):
+        raise ValueError("a message without a header")
+    return header, body
 
 
 class Sandbox:
@@ -103,20 +127,13 @@ class Sandbox:
         with self._lock:
             answer = self._ask({"columns": asdict(columns), "parameters": dict(parameters)}, body)
         if answer is None:
-            raise RequestError(
+            raise UndecodableError(
                 "the body cannot be read as an HDF5 file: reading it failed",
                 "write it again with anndata, or send fewer cells",
-                *(400, "undecodable"),
             )
         header, stream = answer
         if "refused" in header:
-            raise RequestError(*header["refused"])
-        if len(stream) > self._max_bytes:
-            raise RequestError(
-                f"the cells take {len(stream):,} bytes as Arrow, above {self._max_bytes:,}",
-                "send fewer cells a request",
-                *(413, "body_too_large"),
-            )
+            raise _refusal(header["refused"])
         return stream
 
     def _ask(self, request: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes] | None:
@@ -127,8 +144,9 @@ class Sandbox:
         answer = None
         try:
             send(cast(BinaryIO, process.stdin), request, body)
-            answer = receive(cast(BinaryIO, process.stdout))
-        except OSError:
+            # The process may be in a stranger's hands: it does not say how much is read of it.
+            answer = receive(cast(BinaryIO, process.stdout), _MAX_HEADER, self._max_bytes)
+        except (OSError, ValueError):
             answer = None
         finally:
             timer.cancel()
@@ -162,3 +180,13 @@ class Sandbox:
         """End the process."""
         with self._lock:
             self._stop()
+
+
+def _refusal(said: Any) -> RequestError:
+    """Return the refusal that the process gave, as far as it is one."""
+    match said:
+        case [str(detail), str(fix), int(status), str(error)] if status in _REFUSALS:
+            return _REFUSALS[status](detail[:MAX_WORDS], fix[:MAX_WORDS], error=error[:60])
+    return UndecodableError(
+        "the body cannot be read as an HDF5 file", "write it again with anndata"
+    )

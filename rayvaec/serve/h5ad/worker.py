@@ -5,6 +5,7 @@ Takes files on standard input and gives back Arrow streams or refusals on standa
 
 from __future__ import annotations
 
+import ctypes
 import encodings.ascii
 import encodings.latin_1  # noqa: F401 - both are opened when first used, which is too late here
 import io
@@ -18,14 +19,17 @@ from typing import Any, BinaryIO
 import h5py
 import numpy as np
 
-from rayvaec.errors import RequestError
-from rayvaec.serve.h5ad.reading import Columns, read_cells
-from rayvaec.serve.h5ad.sandbox import receive, send
+from rayvaec.data.inputs.failures import cause_of
+from rayvaec.errors import PayloadTooLargeError, RequestError, UndecodableError
+from rayvaec.serve.h5ad.reading import FILE, Columns, read_cells
+from rayvaec.serve.h5ad.sandbox import MAX_WORDS, receive, send
 from rayvaec.serve.wire import encode_cells
-from rayvaec.serve.wire.common import first_line
 
 _MEMORY_FACTOR = 8
 """Of what a file may take decompressed: the body, what is read, and its copies as Arrow."""
+
+_NO_NEW_PRIVILEGES, _CAPABILITY_VERSION = 38, 0x20080522
+"""PR_SET_NO_NEW_PRIVS of prctl(2), and version 3 of capset(2)."""
 
 _SECONDS, _BYTES_PER_SECOND = 2, 2**24
 """What a file may take of a CPU, and the slowest that reading is."""
@@ -53,7 +57,7 @@ def serve(source: BinaryIO, target: BinaryIO, max_bytes: int) -> None:
     max_bytes : int
         Most memory that what is read of a file may take.
     """
-    while (request := receive(source)) is not None:
+    while (request := receive(source)) is not None:  # from the server, which bounds its lengths
         _allow_seconds(_SECONDS + max_bytes / _BYTES_PER_SECOND)
         send(target, *_answer(*request, max_bytes))
 
@@ -75,26 +79,25 @@ def _answer(request: dict[str, Any], body: bytes, max_bytes: int) -> tuple[dict[
         refused = _too_large(max_bytes)
     except Exception as error:  # a stranger's file may break anything within h5py
         memory = "alloc" in str(error)
-        refused = _too_large(max_bytes) if memory else _damaged(first_line(error))
+        refused = _too_large(max_bytes) if memory else _damaged(error)
     else:
-        return {}, stream
-    return {"refused": refused.args[:4]}, b""
+        if len(stream) <= max_bytes:
+            return {}, stream
+        refused = _too_large(max_bytes)
+    words = (refused.detail[:MAX_WORDS], refused.fix[:MAX_WORDS])
+    return {"refused": (*words, refused.status, refused.error)}, b""
 
 
 def _too_large(max_bytes: int) -> RequestError:
-    return RequestError(
-        f"the file takes more memory than {max_bytes:,} bytes decompressed",
+    return PayloadTooLargeError(
+        f"{FILE} takes more memory than {max_bytes:,} bytes decompressed",
         "send fewer cells a request",
-        *(413, "body_too_large"),
+        error="body_too_large",
     )
 
 
-def _damaged(words: str) -> RequestError:
-    return RequestError(
-        f"the body is no readable HDF5 file ({words})",
-        "send an h5ad file as anndata writes it",
-        *(400, "undecodable"),
-    )
+def _damaged(error: Exception) -> RequestError:
+    return UndecodableError(cause_of(error, FILE).detail, "send an h5ad file as anndata writes it")
 
 
 def _smallest_file() -> bytes:
@@ -118,6 +121,19 @@ def _confine(max_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     # Open files stay open and no other can be: whatever HDF5 knows of pointing elsewhere, ends.
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+    _drop_privileges()
+
+
+def _drop_privileges() -> None:
+    """Give up what root could use to raise these limits again, and gain nothing by any program.
+
+    Without files there are no sockets either: no network.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0)
+    nothing = (ctypes.c_uint32 * 6)()
+    if libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0) or libc.capset(header, nothing):
+        raise OSError(ctypes.get_errno(), "privileges cannot be given up")
 
 
 if __name__ == "__main__":
