@@ -3,7 +3,7 @@ VENV ?= .venv
 EXTRAS ?= test
 INSTALLED = $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: demo pictures test chaos lint format clean
+.PHONY: demo pictures test chaos gpu lint format clean
 
 demo: $(INSTALLED)  ## everything on a synthetic atlas, in a few minutes on two cores
 	$(VENV)/bin/rayvaec demo --out demo-output --overwrite
@@ -13,6 +13,9 @@ test: $(INSTALLED)  ## the test suite, in two processes: what starts Ray in one 
 
 chaos: $(INSTALLED)  ## runs that are killed and disturbed, about a quarter of an hour on two cores
 	$(VENV)/bin/pytest tests/chaos -m chaos
+
+gpu: $(INSTALLED)  ## what needs a CUDA device: training on it, and inference held to a CPU's results
+	$(VENV)/bin/pytest -m gpu
 
 lint: $(INSTALLED)  ## style, docstrings and types
 	$(VENV)/bin/ruff check .

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -110,3 +111,28 @@ def descendants() -> Callable[[int], Iterator[tuple[int, bytes]]]:
                     yield from below(child)
 
     return below
+
+
+@pytest.fixture
+def values_on_meta(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Have results leave torch's `meta` device, which has none; return the shapes that did.
+
+    That device stands in for a GPU: it knows shapes and types of tensors and holds no values.
+    """
+    import numpy as np
+    import torch
+
+    from rayvaec.kernels import transfer
+
+    shapes: list[tuple[int, ...]] = []
+    to_host = transfer.to_host
+
+    def stand_in(tensor: torch.Tensor) -> Any:
+        if tensor.device.type != "meta":
+            return to_host(tensor)
+        shapes.append(tuple(tensor.shape))
+        values = np.random.default_rng(len(shapes)).uniform(0.25, 0.75, tensor.shape)
+        return values.astype(torch.empty(0, dtype=tensor.dtype).numpy().dtype)
+
+    monkeypatch.setattr(transfer, "to_host", stand_in)
+    return shapes

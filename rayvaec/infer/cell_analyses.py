@@ -22,6 +22,7 @@ from rayvaec.infer.cells import Cells
 from rayvaec.infer.named import NamedModel, chosen_cells
 from rayvaec.infer.normalized import Wanted, normalized_expression, positions
 from rayvaec.infer.posterior import blocks, check_draws
+from rayvaec.kernels import transfer
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -256,7 +257,7 @@ class CellAnalyses(NamedModel):
         for block in blocks(self.module, cells):
             (z,) = positions(self.module, block, cells.keys[block.rows], wanted)
             logits = self.module.classify(z, block.y)[: block.n]
-            probability[block.rows] = logits.softmax(1).cpu().numpy()
+            probability[block.rows] = transfer.to_host(logits.softmax(1))
         if not soft:
             return np.array(self.fine_labels)[probability.argmax(1)]
         from pandas import DataFrame
@@ -268,7 +269,7 @@ class CellAnalyses(NamedModel):
         with torch.no_grad():
             for block in blocks(self.module, cells):
                 (z,) = positions(self.module, block, cells.keys[block.rows], Wanted(1, seed))
-                yield z[: block.n].cpu().numpy()
+                yield transfer.to_host(z[: block.n])
 
     def _columns(self, genes: Sequence[str]) -> NDArray[np.int64]:
         column = {gene: number for number, gene in enumerate(self.registry.genes)}

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from rayvaec.infer.cells import Cells
 from rayvaec.infer.normalized import Wanted, normalized_expression
+from rayvaec.kernels import transfer
 from rayvaec.kernels.keys import GAMMA, check_seed, stream_keys
 from rayvaec.kernels.nb_loss import RATE_FLOOR
 from rayvaec.model.draws import BLOCK_ROWS
@@ -37,7 +38,7 @@ def denoised_draws(module: VAEC, cells: Cells, wanted: Wanted) -> Iterator[NDArr
     ------
     array[n_samples, n_some_cells, n_genes] of float32
     """
-    px_r = module.px_r.detach().double().exp().cpu().numpy()
+    px_r = transfer.to_host(module.px_r.double().exp())
     for start in range(0, len(cells), BLOCK_ROWS):
         part = cells.part(start, min(start + BLOCK_ROWS, len(cells)))
         mean = normalized_expression(module, part, wanted).reshape(wanted.n_samples, len(part), -1)

@@ -19,8 +19,10 @@ from torch.nn import functional
 
 from rayvaec.errors import ConfigError
 from rayvaec.infer.populations import Populations
+from rayvaec.kernels import transfer
 from rayvaec.kernels.keys import normal_noise
 from rayvaec.model.draws import BLOCK_ROWS
+from rayvaec.model.inputs import code_column
 from rayvaec.model.vaec import VAEC
 
 if TYPE_CHECKING:
@@ -117,7 +119,7 @@ class Shares:
     @torch.no_grad()
     def of(self, genes: slice) -> NDArray[np.float64]:
         """Return the shares of some genes, array[n_rows, n_chosen]."""
-        return torch.exp(self._log_mass(genes) - self._log_total).cpu().numpy()
+        return transfer.to_host(torch.exp(self._log_mass(genes) - self._log_total))
 
     def _log_mass(self, genes: slice) -> Tensor:
         """Return the logarithm of what the shares are proportional to, in float64."""
@@ -271,15 +273,14 @@ def _drawn(
     n_chosen = len(population.keys)
     cell, sample = order % n_chosen, order // n_chosen
     noise = normal_noise(how.seed, population.keys[cell], sample, module.config.n_latent)
-    z = torch.from_numpy(population.loc[cell] + population.scale[cell] * noise)
+    z = population.loc[cell] + population.scale[cell] * noise
     device = module.px_r.device
     batches = population.batches[cell]
     if how.batch_correction:
         batches = np.arange(how.n_samples) % module.config.n_batch
-    y, batch_index = (
-        torch.from_numpy(codes)[:, None].to(device) for codes in (population.labels[cell], batches)
-    )
-    return Shares(module, z.to(device), y, batch_index if module.config.n_batch else None)
+    batch_index = code_column(batches, device) if module.config.n_batch else None
+    y = code_column(population.labels[cell], device)
+    return Shares(module, transfer.to_device(z, device), y, batch_index)
 
 
 def _pseudocounts(module: VAEC, shares: Shares, population: Populations) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rayvaec.infer.cells import Cells
 from rayvaec.infer.posterior import Block, blocks
+from rayvaec.kernels import transfer
 from rayvaec.kernels.csr import CsrCounts
 from rayvaec.kernels.keys import normal_noise
 from rayvaec.model.draws import BLOCK_ROWS
@@ -53,10 +54,10 @@ def marginal_ll(
     """
     result = np.empty(len(cells))
     for block in blocks(module, cells):
-        total = torch.full((BLOCK_ROWS,), -math.inf, dtype=torch.float64)
+        total = block.qz.loc.new_full((BLOCK_ROWS,), -math.inf, dtype=torch.float64)
         for log_weight in _log_weights(module, block, cells.keys[block.rows], n_samples, seed):
             total = torch.logaddexp(total, torch.logsumexp(log_weight, 0))
-        result[block.rows] = total[: block.n].numpy() - math.log(n_samples)
+        result[block.rows] = transfer.to_host(total[: block.n]) - math.log(n_samples)
     return result
 
 
@@ -73,18 +74,18 @@ def _log_weights(
     for first in range(0, n_samples, STACKED):
         samples = np.arange(MARGINAL_SAMPLE + first, MARGINAL_SAMPLE + first + STACKED)
         keyed = normal_noise(seed, keys, np.repeat(samples, BLOCK_ROWS), n_latent)
-        noise = torch.from_numpy(keyed).to(device).view(STACKED, BLOCK_ROWS, n_latent)
+        noise = transfer.to_device(keyed, device).view(STACKED, BLOCK_ROWS, n_latent)
         z = qz.loc + qz.scale * noise
         _, lost = module.reconstruction(z.flatten(0, 1), x, y, batch_index, factor)
         log_q = -(noise**2 / 2 + qz.scale.log()).sum(-1) - n_latent / 2 * math.log(2 * math.pi)
         log_ratio = module.prior_log_prob(z, block.y) - log_q
         log_weight = log_ratio.double() - lost.double().view(STACKED, BLOCK_ROWS)
-        yield log_weight[: n_samples - first].cpu()
+        yield log_weight[: n_samples - first]
 
 
 def _stacked(x: CsrCounts) -> CsrCounts:
     """Return the rows STACKED times over."""
-    nnz = len(x.counts)
-    starts = (x.indptr[:-1] + nnz * torch.arange(STACKED)[:, None]).flatten()
-    indptr = torch.cat((starts, torch.tensor([STACKED * nnz])))
+    nnz, copies = len(x.counts), torch.arange(STACKED, device=x.device)
+    starts = (x.indptr[:-1] + nnz * copies[:, None]).flatten()
+    indptr = torch.cat((starts, starts.new_full((1,), STACKED * nnz)))
     return CsrCounts(indptr, x.indices.repeat(STACKED), x.counts.repeat(STACKED), x.n_genes)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rayvaec.infer.cells import Cells
 from rayvaec.infer.posterior import Block, blocks, shares
+from rayvaec.kernels import transfer
 from rayvaec.kernels.keys import normal_noise
 from rayvaec.model.draws import padded
 from rayvaec.model.vaec import VAEC
@@ -104,7 +105,7 @@ def positions(
     for sample in range(wanted.n_samples):
         samples = np.full(len(keys), sample, np.uint64)
         noise = normal_noise(wanted.seed, keys, samples, module.config.n_latent)
-        yield qz.loc + qz.scale * padded(torch.from_numpy(noise)).to(qz.loc.device)
+        yield qz.loc + qz.scale * padded(transfer.to_device(noise, qz.loc.device))
 
 
 def _averaged(module: VAEC, block: Block, z: Tensor, wanted: Wanted) -> NDArray[np.float32]:
@@ -118,5 +119,6 @@ def _averaged(module: VAEC, block: Block, z: Tensor, wanted: Wanted) -> NDArray[
         else:
             decoded = shares(module, z, block.y, batch_index) * wanted.library_size
         total = total + decoded
-    kept = total if wanted.genes is None else total[:, torch.from_numpy(wanted.genes)]
-    return (kept / len(wanted.batches)).cpu().numpy()
+    if wanted.genes is not None:
+        total = total[:, transfer.to_device(wanted.genes, total.device)]
+    return transfer.to_host(total / len(wanted.batches))

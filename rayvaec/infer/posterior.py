@@ -19,11 +19,13 @@ from torch.distributions import Normal
 
 from rayvaec.errors import ConfigError
 from rayvaec.infer.cells import Cells
+from rayvaec.kernels import transfer
 from rayvaec.kernels.csr import CsrCounts
 from rayvaec.kernels.keys import normal_noise
 from rayvaec.kernels.nb_sample import Draws
 from rayvaec.kernels.threads import run_all, thread_count
 from rayvaec.model.draws import BLOCK_ROWS, GROUP_BLOCKS, KeyedRows, draw_rows, padded
+from rayvaec.model.inputs import CellTensors, code_column
 from rayvaec.model.vaec import VAEC
 
 ELBO_SAMPLE = 2**63
@@ -68,16 +70,12 @@ def blocks(module: VAEC, cells: Cells) -> Iterator[Block]:
     device = _device(module)
     for start in range(0, len(cells), BLOCK_ROWS):
         stop = min(start + BLOCK_ROWS, len(cells))
-        part, rows = cells.part(start, stop), slice(start, stop)
-        indptr = np.pad(part.indptr, (0, BLOCK_ROWS - len(part)), mode="edge")
-        batch_index = None if part.batches is None else _codes(part.batches, device)
-        yield Block(
-            rows,
-            CsrCounts.from_numpy(indptr, part.indices, part.counts, module.config.n_input),
-            padded(_codes(part.labels, device)),
-            None if batch_index is None else padded(batch_index),
-            Normal(padded(loc[rows]), padded(scale[rows]), validate_args=False),
+        rows = slice(start, stop)
+        tensors = CellTensors.of(
+            cells.part(start, stop), module.config.n_input, device, n_rows=BLOCK_ROWS
         )
+        qz = Normal(padded(loc[rows]), padded(scale[rows]), validate_args=False)
+        yield Block(rows, tensors.x, tensors.y, tensors.batch_index, qz)
 
 
 @torch.no_grad()
@@ -103,13 +101,8 @@ def encoded(module: VAEC, cells: Cells) -> tuple[Tensor, Tensor]:
 
     @torch.no_grad()  # a setting per thread
     def encode(start: int, stop: int) -> None:
-        part = cells.part(start, stop)
-        qz = module.encode(
-            CsrCounts.from_numpy(part.indptr, part.indices, part.counts, module.config.n_input),
-            _codes(part.labels, device),
-            None if part.batches is None else _codes(part.batches, device),
-            rows_per_product=BLOCK_ROWS,
-        )
+        part = CellTensors.of(cells.part(start, stop), module.config.n_input, device)
+        qz = module.encode(part.x, part.y, part.batch_index, rows_per_product=BLOCK_ROWS)
         loc[start:stop], scale[start:stop] = qz.loc, qz.scale
 
     n_blocks = -(-n_cells // BLOCK_ROWS)
@@ -117,10 +110,6 @@ def encoded(module: VAEC, cells: Cells) -> tuple[Tensor, Tensor]:
     starts = range(0, n_cells, height)
     run_all([partial(encode, start, min(start + height, n_cells)) for start in starts])
     return loc, scale
-
-
-def _codes(codes: NDArray[np.int64], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(codes, np.int64))[:, None].to(device)
 
 
 @torch.no_grad()
@@ -138,7 +127,7 @@ def latent(module: VAEC, cells: Cells) -> tuple[NDArray[np.float32], NDArray[np.
     tuple of NDArray[n_cells, n_latent]
     """
     loc, scale = encoded(module, cells)
-    return loc.cpu().numpy(), (scale**2).cpu().numpy()
+    return transfer.to_host(loc), transfer.to_host(scale**2)
 
 
 @torch.no_grad()
@@ -158,7 +147,7 @@ def expression(module: VAEC, cells: Cells) -> NDArray[np.float32]:
     result = np.empty((len(cells), module.config.n_input), np.float32)
     for block in blocks(module, cells):
         decoded = shares(module, block.qz.loc, block.y, block.batch_index)
-        result[block.rows] = decoded[: block.n].cpu().numpy()
+        result[block.rows] = transfer.to_host(decoded[: block.n])
     return result
 
 
@@ -219,18 +208,20 @@ def bound_terms(
     divergence : NDArray[n_cells]
         KL(q(z | x, y) || p(z | y)), in nats; of a mixture prior estimated from keyed draws.
     """
+    device = _device(module)
     reconstructions, divergences = np.empty((2, len(cells)))
     samples = np.full(len(cells), ELBO_SAMPLE, np.uint64)
     keyed = normal_noise(seed, cells.keys, samples, module.n_noise * module.config.n_latent)
-    every_noise = torch.from_numpy(keyed).view(len(cells), module.n_noise, -1)
+    every_noise = keyed.reshape(len(cells), module.n_noise, -1)
     for block in blocks(module, cells):
         qz = block.qz
-        noise = padded(every_noise[block.rows]).to(qz.loc.device).transpose(0, 1)
+        noise = padded(transfer.to_device(every_noise[block.rows], device)).transpose(0, 1)
         z = qz.loc + qz.scale * noise[0]
         factor = torch.ones_like(qz.loc[:, 0])
         _, reconstruction = module.reconstruction(z, block.x, block.y, block.batch_index, factor)
-        reconstructions[block.rows] = reconstruction[: block.n].cpu().numpy()
-        divergences[block.rows] = module.kl(qz, block.y, noise[1:])[: block.n].cpu().numpy()
+        reconstructions[block.rows] = transfer.to_host(reconstruction[: block.n])
+        divergence = module.kl(qz, block.y, noise[1:])
+        divergences[block.rows] = transfer.to_host(divergence[: block.n])
     return reconstructions, divergences
 
 
@@ -314,7 +305,7 @@ def generate(
     n_latent = module.config.n_latent
     noise = normal_noise(seed, keys[rows], samples, n_latent + 1)[:, n_latent]
     choice = torch.special.ndtr(torch.from_numpy(noise).double()).to(_device(module))
-    loc, scale = module.prior_of(_codes(labels[rows], _device(module)), choice)
+    loc, scale = module.prior_of(code_column(labels[rows], _device(module)), choice)
     return _draw_rows(module, loc, scale, library, cells, n_samples, seed, first_sample)
 
 
@@ -332,9 +323,9 @@ def _draw_rows(
     device = _device(module)
     row, samples = _keyed_rows(cells, n_samples, first_sample)
     rows = KeyedRows(
-        module.library_of(torch.from_numpy(library[row])[:, None].to(device)),
-        _codes(cells.labels[row], device),
-        None if cells.batches is None else _codes(cells.batches[row], device),
+        module.library_of(transfer.to_device(library[row], device)[:, None]),
+        code_column(cells.labels[row], device),
+        None if cells.batches is None else code_column(cells.batches[row], device),
         seed=seed,
         keys=cells.keys[row],
         samples=samples,

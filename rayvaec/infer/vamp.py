@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from rayvaec.errors import ConfigError
 from rayvaec.infer import posterior
 from rayvaec.infer.cells import Cells
+from rayvaec.kernels import transfer
 from rayvaec.model.losses import MIXTURE_FLOOR
 from rayvaec.model.vaec import VAEC
 
@@ -121,7 +122,7 @@ def learned_prior(module: VAEC) -> dict[str, NDArray[np.float64]]:
         "var_vprior": deviation**2,
         "weights_vprior": module.prior_logits.softmax(-1),
     }
-    return {name: value.detach().double().cpu().numpy() for name, value in prior.items()}
+    return {name: transfer.to_host(value.double()) for name, value in prior.items()}
 
 
 def check_clusters(p: int, seed: int) -> None:

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rayvaec.kernels import transfer
 from rayvaec.kernels.decoded_draws import draw_decoded
 from rayvaec.kernels.keys import normal_noise, position_keys
 from rayvaec.kernels.nb_sample import Draws, draw_counts, join_rows
@@ -83,7 +84,7 @@ def draw_rows(module: VAEC, loc: Tensor, scale: Tensor, rows: KeyedRows) -> Draw
         Counts of n_rows x n_input.
     """
     keyed = normal_noise(rows.seed, rows.keys, rows.samples, loc.shape[1])
-    z = loc + scale * torch.from_numpy(keyed).to(loc.device)
+    z = loc + scale * transfer.to_device(keyed, loc.device)
     draw = draw_fused if z.device.type == "cpu" else draw_decoded_blocks
     return draw(module, z, rows)
 
@@ -162,7 +163,7 @@ def draw_decoded_blocks(module: VAEC, z: Tensor, rows: KeyedRows) -> Draws:
     Parameters and result as in `draw_fused`; counts may differ where a rate is rounded otherwise.
     """
     n_rows, n_genes = len(z), module.config.n_input
-    px_r = module.px_r.detach().float().cpu().numpy()
+    px_r = transfer.to_host(module.px_r.float())
     group = max(RATE_BYTES // (4 * n_genes * BLOCK_ROWS), 1) * BLOCK_ROWS
     rate = np.empty((min(group, n_rows), n_genes), np.float32)
     parts = []
@@ -172,7 +173,7 @@ def draw_decoded_blocks(module: VAEC, z: Tensor, rows: KeyedRows) -> Draws:
             block = slice(first, min(first + BLOCK_ROWS, stop))
             own = rows.of(block)
             decoded = decode_block(module, z[block], own.library, own.y, own.batch_index)
-            rate[first - start : block.stop - start] = decoded.cpu().numpy()
+            rate[first - start : block.stop - start] = transfer.to_host(decoded)
         words = rows.seed, rows.keys[start:stop], rows.samples[start:stop]
         form = module.config.generative
         parts.append(draw_counts(rate[: stop - start], px_r, *words, generative=form))

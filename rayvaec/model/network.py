@@ -236,7 +236,7 @@ class VAECNetwork(nn.Module):
         Tensor[..., n_cells]
         """
         if self.config.prior == "normal":
-            return Normal(0.0, 1.0).log_prob(z).sum(-1)
+            return Normal(0.0, 1.0, validate_args=False).log_prob(z).sum(-1)
         return mixture(*self._components(y)).log_prob(z)
 
     def _components(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rayvaec.data.registry import Registry
 from rayvaec.data.store import Store
 from rayvaec.kernels.csr import CsrCounts
+from rayvaec.model.inputs import CellTensors
 from rayvaec.model.vaec import VAEC
 from rayvaec.train.config import TrainConfig
 from rayvaec.train.schedule import noise_seed
@@ -157,12 +158,5 @@ def as_tensors(rows: Any, module: VAEC) -> tuple[CsrCounts, Tensor, Tensor | Non
     y, batch_index : Tensor[n_cells, 1], int64
         Label and batch codes; None where the model is not conditioned on batches.
     """
-    device = module.px_r.device
-    x = CsrCounts.from_numpy(rows.indptr, rows.indices, rows.counts, module.config.n_input)
-    conditioned = rows.batches is not None and module.config.n_batch > 1
-    batch_index = _codes(rows.batches, device) if conditioned else None
-    return x.to(device), _codes(rows.labels, device), batch_index
-
-
-def _codes(codes: NDArray[np.integer], device: torch.device) -> Tensor:
-    return torch.from_numpy(codes.astype(np.int64))[:, None].to(device)
+    x, y, batch_index = CellTensors.of(rows, module.config.n_input, module.px_r.device)
+    return x, y, batch_index if module.config.n_batch > 1 else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -20,9 +18,11 @@ from rayvaec.infer.check.tally import (
     Panel,
     Tally,
 )
+from rayvaec.kernels import transfer
 from rayvaec.kernels.keys import normal_noise
 from rayvaec.kernels.nb_sample import Draws
 from rayvaec.model.draws import BLOCK_ROWS, decode_block
+from rayvaec.model.inputs import code_column
 from rayvaec.model.vaec import VAEC
 
 DRAWN_ROWS = 8192
@@ -101,7 +101,7 @@ def _measure_part(
         rates = _decoded(module, z[rows], library[rows], cells.part(rows.start, rows.stop))
         counts = np.stack([_dense(data, rows, rates.shape[1]) for data in (observed, replicate)])
         add_expected(
-            *(rates, module.px_r.detach().double().cpu().numpy(), module.is_softplus),
+            *(rates, transfer.to_host(module.px_r.double()), module.is_softplus),
             *(counts, labels[rows], panel.label_column),
             *(tally.expected, tally.residual, tally.label_expected, tally.pit),
         )
@@ -154,8 +154,8 @@ def _add_latent(
 
 @torch.no_grad()
 def _add_prior(module: VAEC, cells: Cells, labels: NDArray[np.int64], tally: Tally) -> None:
-    codes = torch.from_numpy(cells.labels)[:, None].to(module.px_r.device)
-    mean, covariance = (moment.double().cpu().numpy() for moment in module.prior_moments(codes))
+    moments = module.prior_moments(code_column(cells.labels, module.px_r.device))
+    mean, covariance = (transfer.to_host(moment.double()) for moment in moments)
     np.add.at(tally.prior_mean, labels, mean)
     np.add.at(tally.prior_products, labels, covariance + mean[:, :, None] * mean[:, None, :])
 
@@ -175,21 +175,14 @@ def _decoded(
     module: VAEC, z: NDArray[np.float32], library: NDArray[np.float64], cells: Cells
 ) -> NDArray[np.float32]:
     device = module.px_r.device
-
-    def column(values: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(device, dtype)[:, None]
-
-    return (
-        decode_block(
-            module,
-            torch.from_numpy(z).to(device),
-            module.library_of(column(library, torch.float32)),
-            column(cells.labels, torch.int64),
-            None if cells.batches is None else column(cells.batches, torch.int64),
-        )
-        .cpu()
-        .numpy()
+    rates = decode_block(
+        module,
+        transfer.to_device(z, device),
+        module.library_of(transfer.to_device(library, device, torch.float32)[:, None]),
+        code_column(cells.labels, device),
+        None if cells.batches is None else code_column(cells.batches, device),
     )
+    return transfer.to_host(rates)
 
 
 def _every(drawn: Draws, n_samples: int) -> Draws:
