@@ -168,8 +168,8 @@ def _set_own_threads(numbers: tuple[int, int]) -> tuple[int, int]:
 def _function_of_torch(name: str) -> Callable[[int], int]:
     """Return a C function of the libraries that torch has loaded, or one that does nothing.
 
-    torch has MKL on x86 alone, and no OpenMP where it has threads of its own. The call keeps the GIL:
-    it is shorter than giving it away and waiting for it.
+    torch has MKL on x86 alone, and no OpenMP where it has threads of its own. Calls keep the GIL:
+    they are shorter than giving it away and waiting for it.
     """
     return getattr(ctypes.PyDLL(torch._C.__file__), name, lambda number: 0)
 

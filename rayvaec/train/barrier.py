@@ -6,13 +6,13 @@ import time
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from llvmlite import ir
 from numba import types
 from numpy.typing import NDArray
 
 from rayvaec.compiled import compiled
 from rayvaec.kernels.vectors import address, intrinsic
+from rayvaec.train.ranks import Ranks
 
 BARRIER_WORDS = 24
 """Numbers that the barrier lies in: three, in cache lines of their own."""
@@ -40,12 +40,12 @@ class SharedBarrier:
     ----------
     words : NDArray[BARRIER_WORDS] of int64
         Memory of all workers; zeros.
-    world_size : int
-        Number of workers.
+    ranks : Ranks
+        The workers.
     """
 
-    def __init__(self, words: NDArray[np.int64], world_size: int) -> None:
-        self._words, self._world_size = words, world_size
+    def __init__(self, words: NDArray[np.int64], ranks: Ranks) -> None:
+        self._words, self._ranks = words, ranks
         self._round, self._decisions = 0, [0, 0]
 
     def __call__(self) -> None:
@@ -62,7 +62,7 @@ class SharedBarrier:
         # round must not overwrite what a slow worker has not seen yet.
         turn = self._round % 2
         place, before = _DECIDED[turn], self._decisions[turn]
-        if _arrive(words) == self._round * self._world_size:
+        if _arrive(words) == self._round * self._ranks.world_size:
             _decide(words, place, before, 2 * self._round)
         patient_until = time.monotonic() + PATIENCE_SECONDS
         while (decision := _watch(words, place, before, _LOOKS)) == before:
@@ -70,7 +70,7 @@ class SharedBarrier:
                 _decide(words, place, before, 2 * self._round + 1)
         self._decisions[turn] = decision
         if decision % 2:
-            dist.barrier()
+            self._ranks.wait()
 
 
 @intrinsic

@@ -19,8 +19,8 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 
 from rayvaec.data.store import Store
 from rayvaec.data.window import Minibatch
@@ -29,7 +29,7 @@ from rayvaec.train.config import TrainConfig
 from rayvaec.train.device_noise import DeviceNoise
 from rayvaec.train.ranks import Ranks
 from rayvaec.train.staging import Block, DeviceRows, Layout, Staging
-from rayvaec.train.steps import NotFiniteError, Numbers
+from rayvaec.train.steps import Numbers, not_finite
 
 EAGER_STEPS = 3
 """Steps before a graph is made: libraries and allocator get what they need, Adam its moments."""
@@ -81,20 +81,26 @@ class DeviceSteps:
         """Have one step taken in the background; what is wrong with it, `check` will say."""
         program = self._program
         if program is None or prepared.layout != program.layout:
-            self.check()  # steps under way read what is about to be replaced
+            # Steps under way read what is about to be replaced. What came of them, the others ask
+            # later: their minibatches may still have room.
+            self._wait()
             program = self._program = self._program_for(prepared.layout)
         with _on(self._stream):
             self._staging.take(prepared, program.block)
             program.compute()
-            if self._ranks.world_size > 1:
-                dist.all_reduce(self._gradient)
+            self._ranks.sum_in_place(self._gradient)
             program.update()
 
     def check(self) -> None:
         """Wait for the steps taken so far, and raise what is wrong with one."""
+        self._wait()
+        step, cells = self._bookkeeping.failure()
+        if self._ranks.any(step is not None):
+            raise not_finite(self._ranks, step, cells)
+
+    def _wait(self) -> None:
         if self._stream is not None:
             self._stream.synchronize()
-        self._bookkeeping.check()
 
     def last_loss(self) -> float:
         """Return the sum of the loss over this worker's cells of the last step."""
@@ -164,6 +170,8 @@ class _Bookkeeping:
         # Adam's kernel reads this and the rates in float32, whatever the parameters are.
         self._failed = torch.zeros((), dtype=torch.float32, device=device)
         self._step = torch.full((1,), NO_STEP, device=device)
+        self._bad_losses = torch.zeros(0, device=device)
+        self._bad_cells = torch.zeros(0, dtype=torch.int64, device=device)
         self.size(1)
         # torch's name for what automatic mixed precision uses to the same end.
         optimizer.found_inf = self._failed  # type: ignore[attr-defined]
@@ -171,11 +179,11 @@ class _Bookkeeping:
             group["lr"] = torch.zeros((), dtype=torch.float32, device=device)
 
     def size(self, n_rows: int) -> None:
-        """Make room for minibatches of so many rows."""
-        device = self.own_sum.device
+        """Make room for minibatches of so many rows, at least as many as before."""
+        device, before = self.own_sum.device, len(self._bad_cells)
         self._per_cell = torch.zeros(n_rows, device=device)
-        self._bad_losses = torch.zeros(n_rows, device=device)
-        self._bad_cells = torch.zeros(n_rows, dtype=torch.int64, device=device)
+        self._bad_losses = functional.pad(self._bad_losses, (0, n_rows - before))
+        self._bad_cells = functional.pad(self._bad_cells, (0, n_rows - before))
 
     def note(self, rows: DeviceRows, loss: Tensor, per_cell: Tensor) -> None:
         """Note the loss of a minibatch, and of its cells."""
@@ -191,11 +199,11 @@ class _Bookkeeping:
         self._step.copy_(torch.where(first, rows.step, self._step))
         self._failed.add_(first)
 
-    def check(self) -> None:
-        """Raise NotFiniteError if a step has failed."""
+    def failure(self) -> tuple[int | None, list[int]]:
+        """Return the step that has failed and its cells whose loss is not finite, or None."""
         step = int(self._step)
-        if step != NO_STEP:
-            raise NotFiniteError(step, self._bad_cells[~self._bad_losses.isfinite()].tolist())
+        bad = self._bad_cells[~self._bad_losses.isfinite()].tolist()
+        return (None if step == NO_STEP else step), bad
 
 
 class _Replayed:

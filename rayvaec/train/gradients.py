@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from secrets import token_hex
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from rayvaec.train.barrier import BARRIER_WORDS, SharedBarrier
@@ -27,9 +26,7 @@ def share_parameters(module: nn.Module, ranks: Ranks) -> None:
     ranks : Ranks
         The workers; every one of them must call.
     """
-    if ranks.world_size > 1:
-        for parameter in module.parameters():
-            dist.broadcast(parameter.detach(), src=0)
+    ranks.spread(parameter.detach() for parameter in module.parameters())
 
 
 class GradientSum:
@@ -113,10 +110,7 @@ class GradientSum:
         A ring's all-reduce sends as many numbers, but adds them in an order of its own.
         """
         joined = torch.cat(flat)
-        rows = torch.empty_like(joined)
-        dist.all_to_all_single(rows, joined)
-        part = torch.sum(rows.view(self._ranks.world_size, -1), 0)
-        dist.all_gather(list(joined.chunk(self._ranks.world_size)), part)
+        self._ranks.join(torch.sum(self._ranks.exchange(joined), 0), joined)
         return joined
 
 
@@ -138,7 +132,8 @@ def _shared_memory(ranks: Ranks, n_numbers: int) -> _SharedMemory | None:
     own = _new_memory(4 * size) if ranks.is_first else None
     where, name = ranks.gather(own and (f"/proc/{os.getpid()}/fd/{own[0]}", own[1]))[0] or ("", "")
     memory = None
-    with suppress(OSError):  # on another host, or of a process that may not be looked into
+    # On another host, or of a process that may not be looked into; torch's own error is of mmap.
+    with suppress(OSError, RuntimeError):
         # Elsewhere the path may be another process's: the drawn name tells.
         if name and name in os.readlink(where):
             memory = torch.from_file(where, shared=True, size=size)
@@ -147,7 +142,7 @@ def _shared_memory(ranks: Ranks, n_numbers: int) -> _SharedMemory | None:
         os.close(own[0])
     if memory is None or not all(opened):
         return None
-    barrier = SharedBarrier(memory[:head].view(torch.int64).numpy(), ranks.world_size)
+    barrier = SharedBarrier(memory[:head].view(torch.int64).numpy(), ranks)
     return _SharedMemory(memory[head:].view(n_rows, n_numbers), barrier)
 
 

@@ -267,8 +267,7 @@ class TrainLoop:
 
     def _give_up(self, error: NotFiniteError) -> NoReturn:
         """Raise the error that names the step and the cells, on every worker alike."""
-        cells = sorted(cell for share in self.ranks.gather(error.cells) for cell in share)
-        epoch = self.state.epoch
+        cells, epoch = error.cells, self.state.epoch
         if self.ranks.is_first and all(p.isfinite().all() for p in self.module.parameters()):
             record = {"epoch": epoch, "step": error.step, "val_elbo": None}
             save_last(self.task.run, self.module, self.store, self.config, record)

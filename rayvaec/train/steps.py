@@ -27,14 +27,14 @@ Numbers = Callable[[int], StepNumbers]
 
 
 class NotFiniteError(Exception):
-    """A loss or gradient is not finite; the model is as it was before the step.
+    """A loss or gradient is not finite; raised by all workers, whose models are as before the step.
 
     Parameters
     ----------
     step : int
         Steps taken before.
     cells : list of int
-        Rows in the store of this worker's cells whose loss is not finite.
+        Rows in the store of the cells whose loss is not finite, of all workers.
     """
 
     def __init__(self, step: int, cells: list[int]) -> None:
@@ -42,8 +42,28 @@ class NotFiniteError(Exception):
         self.step, self.cells = step, cells
 
 
+def not_finite(ranks: Ranks, step: int | None, cells: list[int]) -> NotFiniteError:
+    """Return the error that all workers raise; every one of them must call.
+
+    Parameters
+    ----------
+    ranks : Ranks
+        The workers.
+    step : int or None
+        Steps taken before the one that failed, None for a worker that noticed nothing.
+    cells : list of int
+        This worker's cells whose loss is not finite.
+    """
+    found = ranks.gather((step, cells))
+    first = min(step for step, _ in found if step is not None)
+    return NotFiniteError(first, sorted(cell for _, share in found for cell in share))
+
+
 class Steps(Protocol):
-    """How a worker takes steps; every worker takes them alike."""
+    """How a worker takes steps; every worker takes them alike.
+
+    All methods but `prepare` may be collectives (see `Ranks`): every worker must call them.
+    """
 
     def warm_up(self, store: Store) -> None:
         """Have kernels compiled before the clock runs."""
@@ -110,7 +130,7 @@ class HostSteps:
         ranks: Ranks,
     ) -> None:
         self._module, self._optimizer, self._config = module, optimizer, config
-        self._numbers = numbers
+        self._numbers, self._ranks = numbers, ranks
         self._sum_gradients = GradientSum(module, ranks)
         self._noise = CellNoise(config.seed, module)
         self._replica = Replica(module)
@@ -141,7 +161,7 @@ class HostSteps:
             # The sum is the same on every worker, so that all of them stop here or none.
             if not math.isfinite(norm):
                 bad = minibatch.cells[~per_cell.isfinite().numpy()]
-                raise NotFiniteError(prepared.step, bad.tolist())
+                raise not_finite(self._ranks, prepared.step, bad.tolist())
             clip = self._config.gradient_clip
             if clip is not None and norm > clip:
                 self._sum_gradients.own()

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import pytest
 
@@ -45,15 +45,23 @@ def make_loop(store_path: Path, tmp_path: Path) -> Callable[..., TrainLoop]:
     return make
 
 
-@pytest.fixture
-def run_ranks(store_path: Path) -> Iterator[Callable[..., None]]:
-    """Train with several processes over gloo; they start once, which takes longer than to train."""
+@pytest.fixture(scope="session")
+def run_ranks(store_path: Path) -> Iterator[Callable[..., list[str]]]:
+    """Train with several processes over gloo; they start once, which takes longer than to train.
+
+    `faults` are arguments of `gloo_worker.train_rank`. Gives what each rank said.
+    """
     script = str(Path(__file__).parent / "gloo_worker.py")
     workers: list[subprocess.Popen[str]] = []
 
     def run_all(
-        run: Path, world_size: int, dies_at: str = "", store: Path = store_path, **settings: Any
-    ) -> None:
+        run: Path,
+        world_size: int,
+        dies_at: str = "",
+        store: Path = store_path,
+        faults: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> list[str]:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         (run / "sync").unlink(missing_ok=True)
         arguments = {
@@ -62,17 +70,26 @@ def run_ranks(store_path: Path) -> Iterator[Callable[..., None]]:
             "run": str(run),
             "settings": {**SMALL, **settings},
             "dies_at": dies_at,
+            **(faults or {}),
         }
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         while len(workers) < world_size:
             workers.append(subprocess.Popen([sys.executable, script], **pipes))
         for rank, worker in enumerate(workers[:world_size]):
             print(json.dumps({"rank": rank, **arguments}), file=worker.stdin, flush=True)
-        for rank, worker in enumerate(workers[:world_size]):
-            assert worker.stdout is not None
-            assert worker.stdout.readline() == "done\n", f"rank {rank} failed"
+        said = [cast(TextIO, worker.stdout).readline().strip() for worker in workers[:world_size]]
+        if not all(said):
+            end()
+            pytest.fail(f"of the ranks, these failed: {[not each for each in said]}")
+        if faults is None:
+            assert said == ["done"] * world_size
+        return said
+
+    def end() -> None:
+        while workers:
+            worker = workers.pop()
+            worker.kill()
+            worker.communicate()
 
     yield run_all
-    for worker in workers:
-        worker.kill()
-        worker.communicate()
+    end()

@@ -10,6 +10,7 @@ import pytest
 
 from rayvaec.train import barrier
 from rayvaec.train.barrier import BARRIER_WORDS, SharedBarrier
+from rayvaec.train.ranks import Ranks
 
 WORKERS, ROUNDS = 3, 300
 
@@ -21,7 +22,7 @@ def test_nobody_leaves_before_all_have_come(
     """Threads for workers; the barrier for gloo's breaks unless all of them go there."""
     at_gloo: list[None] = []
     gloo = threading.Barrier(WORKERS, action=lambda: at_gloo.append(None), timeout=10)
-    monkeypatch.setattr(barrier.dist, "barrier", gloo.wait)
+    monkeypatch.setattr(Ranks, "wait", lambda _: gloo.wait())
     monkeypatch.setattr(barrier, "PATIENCE_SECONDS", patience)
     watch, dawdle = barrier._watch, random.Random(0)
 
@@ -34,7 +35,7 @@ def test_nobody_leaves_before_all_have_come(
     words, arrived = np.zeros(BARRIER_WORDS, np.int64), np.zeros(WORKERS, np.int64)
 
     def work(worker: int) -> None:
-        meet, draw = SharedBarrier(words, WORKERS), random.Random(worker)
+        meet, draw = SharedBarrier(words, Ranks(worker, WORKERS)), random.Random(worker)
         for number in range(1, ROUNDS + 1):
             if draw.random() < 0.2:
                 time.sleep(draw.uniform(0, 5e-4))
