@@ -241,6 +241,14 @@ def ray_nodes() -> list[Node]:
     return [Node(each.get("CPU", 0.0), each.get("GPU", 0.0)) for each in resources]
 
 
+_HOW_TO_COPY = {
+    "s3": "`aws s3 cp --recursive`",
+    "gs": "`gcloud storage cp --recursive`",
+    "https": "`curl -O`",
+    "http": "`curl -O`",
+}
+
+
 def check_job_paths(paths: Iterable[Path], stores: Iterable[Location] = ()) -> None:
     """Refuse URLs, and relative paths in a submitted job.
 
@@ -266,7 +274,8 @@ def check_job_paths(paths: Iterable[Path], stores: Iterable[Location] = ()) -> N
             raise ConfigError(
                 f"{where} is a URL, and only the store that train, sample and their kin read may "
                 "be one",
-                f"give a path, and copy it, such as with `aws s3 sync FOLDER {where}`",
+                "give a path of this machine, and copy inputs here or outputs away with "
+                f"{_HOW_TO_COPY[where.scheme]}",
             )
         local.append(where)
     for path in [*local, *(where for where in stores if isinstance(where, Path))]:

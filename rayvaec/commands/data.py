@@ -43,13 +43,19 @@ def _simulate(arguments: argparse.Namespace) -> None:
 def add_prepare(verbs: Verbs) -> None:
     """Add the verb to the parser."""
     verb = verbs.add_parser("prepare", help="turn AnnData files into a shuffled training store")
-    verb.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help=".h5ad or .zarr")
+    verb.add_argument(
+        "inputs",
+        nargs="+",
+        type=Path,
+        metavar="INPUT",
+        help=".h5ad or .zarr; FILE::LAYER reads that layer of this file, FILE::X its X",
+    )
     add_out(verb, "STORE", "folder to write")
     verb.add_argument(
         "--labels-key", metavar="KEY", help="obs column of labels; needed for a new store"
     )
     verb.add_argument("--batch-key", metavar="KEY", help="obs column of batches")
-    verb.add_argument("--layer", help="layer that holds the raw counts (default: X)")
+    verb.add_argument("--layer", help="layer that holds the raw counts, or raw (default: X)")
     verb.add_argument(
         "--genes",
         metavar="intersect|union|FILE",

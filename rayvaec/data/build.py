@@ -35,7 +35,7 @@ from rayvaec.data.append import (
 from rayvaec.data.budget import Budget, plan_memory
 from rayvaec.data.dealing import PartitionPlan, deal, plan_partitions, shuffled_positions
 from rayvaec.data.gene_choice import share_gene_names
-from rayvaec.data.inputs.reader import Input
+from rayvaec.data.inputs.reader import Input, split_layer
 from rayvaec.data.lock import WriteLock
 from rayvaec.data.manifest import Manifest, PartitionInfo
 from rayvaec.data.names import listing
@@ -69,7 +69,7 @@ class _Task:
 
 
 def prepare(
-    inputs: Sequence[Path],
+    inputs: Sequence[Path | str],
     out: Path,
     config: PrepareConfig,
     *,
@@ -84,8 +84,8 @@ def prepare(
 
     Parameters
     ----------
-    inputs : sequence of Path
-        h5ad files and AnnData-Zarr folders.
+    inputs : sequence of Path or str
+        h5ad files and AnnData-Zarr folders; ``FILE::LAYER`` reads another layer than the config's.
     out : Path
         Folder of the store.
     config : PrepareConfig
@@ -113,8 +113,10 @@ def prepare(
         If `out` exists and may not be replaced, is one of the inputs, is being written, or has too
         little room; or if there is unfinished work and nothing says what to do with it.
     """
-    check_job_paths([*inputs, out])
-    _check_inputs(inputs, out)
+    named = [split_layer(given, config.layer) for given in inputs]
+    paths = [path for path, _ in named]
+    check_job_paths([*paths, out])
+    _check_inputs(paths, out)
     out = out.absolute()
     with WriteLock(out), ExitStack() as stack:
         if not append and not (resume and Workspace(out).read("manifest")):
@@ -123,14 +125,14 @@ def prepare(
         if old is not None and resume and _is_appended(out, old):
             remove(Workspace(out).folder)
             return old.manifest
-        sources = [Input(path, config.layer) for path in inputs]
+        sources = [Input(path, layer) for path, layer in named]
         n_genes = share_gene_names(sources)
         budget = plan_memory(config, sources, n_genes, old.manifest.n_cells if old else 0)
         if config.num_workers > 1:
             stack.enter_context(ray_session())
             check_cpus(config.num_workers, f"{config.num_workers} workers")
-            check_seen(inputs, [out])
-        plan = work_plan(inputs, config, old.manifest.hash() if old else None)
+            check_seen(paths, [out])
+        plan = work_plan(named, config, old.manifest.hash() if old else None)
         with working(out, plan, resume=resume, overwrite=overwrite) as work:
             task = _Task(sources, config, budget, work, old)
             record = work.read("manifest")

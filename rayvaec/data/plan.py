@@ -19,14 +19,15 @@ SHAPING = (
 
 
 def work_plan(
-    inputs: Sequence[Path], config: PrepareConfig, store_hash: str | None
+    inputs: Sequence[tuple[Path, str | None]], config: PrepareConfig, store_hash: str | None
 ) -> dict[str, object]:
     """Describe a piece of work by what messages call its parts.
 
     Parameters
     ----------
-    inputs : sequence of Path
-        Files and folders; of each, path, size and time of the last change.
+    inputs : sequence of tuple of Path and str
+        Files and folders, and the layer that is read of each; of a file, path, size and time of
+        the last change matter.
     config : PrepareConfig
         Of which the fields that the result depends on.
     store_hash : str, optional
@@ -41,7 +42,9 @@ def work_plan(
     }
     if config.genes is not None:
         plan["--genes"] = _genes(config.genes)
-    plan |= {f"input {number}": _state(path) for number, path in enumerate(inputs, 1)}
+    for number, (path, layer) in enumerate(inputs, 1):
+        own = "" if layer == config.layer else f", layer {layer or 'X'}"
+        plan[f"input {number}"] = _state(path) + own
     plan["the store appended to"] = store_hash
     plan["rayvaec's version"] = __version__
     return plan

@@ -260,4 +260,5 @@ def test_commands_on_a_url(store_path, bucket, capsys):
     assert main(["train", url, "--out", "s3://atlases/run"]) == 2
     refused = capsys.readouterr().err
     assert "error: s3://atlases/run is a URL, and only the store" in refused
-    assert "aws s3 sync FOLDER s3://atlases/run" in refused
+    assert "give a path of this machine" in refused
+    assert "aws s3 cp --recursive" in refused

@@ -24,7 +24,7 @@ from rayvaec.data.inputs.csc import csc_rows
 from rayvaec.data.inputs.elements import AnnDataGroup, Column, Matrix
 from rayvaec.data.inputs.failures import missing_file, reading
 from rayvaec.data.inputs.zarr_access import ZarrAccess
-from rayvaec.errors import CountsError, FormatError
+from rayvaec.errors import ConfigError, CountsError, FormatError
 
 CSC_BLOCKS = 4  # blocks whose values are sorted by row together
 NAMES_BLOCK = 2**20
@@ -251,6 +251,33 @@ class Input:
             rows = rows // chunk * chunk
         for first in range(start, self.n_cells, rows):
             yield first, sparse.csr_array(matrix.values[first : first + rows])
+
+
+def split_layer(given: Path | str, layer: str | None) -> tuple[Path, str | None]:
+    """Tell the path of an input from the layer that ``PATH::LAYER`` asks for.
+
+    Parameters
+    ----------
+    given : Path or str
+        A path, ``PATH::LAYER``, or ``PATH::X`` where other inputs have their counts in a layer.
+    layer : str, optional
+        The layer of inputs that name none.
+
+    Returns
+    -------
+    tuple of Path and str, or None for X
+
+    Raises
+    ------
+    ConfigError
+        If nothing follows the colons.
+    """
+    path, colons, own = str(given).rpartition("::")
+    if not colons or Path(given).exists():
+        return Path(given), layer
+    if not path or not own:
+        raise ConfigError(f"the input {given} names no file or no layer", "write FILE::LAYER")
+    return Path(path), None if own == "X" else own
 
 
 def _open(path: Path) -> tuple[Any, Access]:
