@@ -35,7 +35,8 @@ def as_counts(
     layers : sequence of str
         Layers that could be read instead, named in the fix for values that are not counts.
     option : str
-        How the reader of the message names a layer: ``"--layer "`` or ``"layer="``.
+        How the reader of the message names a layer: ``"--layer "``, ``"layer="`` or
+        ``"?layer="``.
 
     Returns
     -------
@@ -90,5 +91,5 @@ def _fix(layers: Sequence[str], option: str) -> str:
     if not layers:
         return "pass raw counts (these look normalised or scaled, and there are no other layers)"
     example = next((name for name in layers if "count" in name.lower()), layers[0])
-    quoted = f"'{example}'" if option.endswith("=") else example
+    quoted = f"'{example}'" if option == "layer=" else example
     return f"pass raw counts, such as {option}{quoted} (layers: {listing(layers)})"

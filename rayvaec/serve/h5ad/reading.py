@@ -9,14 +9,20 @@ import h5py
 import numpy as np
 from scipy import sparse
 
-from rayvaec.data.inputs.align import check_offsets, check_positions
+from rayvaec.data.inputs.align import (
+    align_columns,
+    check_offsets,
+    check_positions,
+    place_in_csr,
+)
+from rayvaec.data.inputs.counts import as_counts
 from rayvaec.data.inputs.elements import AnnDataGroup, Column, Matrix
 from rayvaec.data.inputs.obs import refuse_missing_values
 from rayvaec.errors import CountsError, FormatError, UndecodableError, UnprocessableError
 from rayvaec.serve.h5ad.access import UploadAccess
 from rayvaec.serve.wire import RawCells
 
-FILE = "the file"
+FILE, LAYER_OPTION = "the file", "?layer="
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
@@ -55,7 +61,8 @@ class Upload:
     place = FILE
 
     def __init__(self, root: h5py.File, access: UploadAccess, layer: str | None) -> None:
-        self._group = AnnDataGroup(root, access, "?layer=")
+        self._layer = layer
+        self._group = AnnDataGroup(root, access, LAYER_OPTION)
         self._matrix, var = self._group.matrix(layer)
         self._names, self.genes = self._group.obs.names(), var.names()
         self.n_cells, self.n_genes = len(self._names), len(self.genes)
@@ -75,8 +82,13 @@ class Upload:
         return [column.categories[code] for code in column.codes.tolist()]
 
     def counts(self) -> sparse.csr_array:
-        """Return the counts, their values not yet checked."""
-        return _in_memory(self._matrix, (self.n_cells, self.n_genes))
+        """Return the counts, every value checked, genes of a cell in order and once."""
+        x = _in_memory(self._matrix, (self.n_cells, self.n_genes))
+        locate = place_in_csr(x.indptr, x.indices, self._names.__getitem__, self.genes)
+        layers = [name for name in self._group.layers if name != self._layer]
+        where = self._matrix.where
+        x.data = as_counts(x.data, locate, where=where, layers=layers, option=LAYER_OPTION)
+        return align_columns(x, np.arange(self.n_genes), self.n_genes)
 
 
 def looks_like_hdf5(body: bytes) -> bool:
@@ -107,7 +119,7 @@ def read_cells(body: bytes, columns: Columns, max_bytes: int) -> tuple[RawCells,
     PayloadTooLargeError
         If it takes too much memory.
     UnprocessableError
-        If it has no such column or layer, or these hold something else.
+        If it has no such column or layer, a cell has no label, or a value is no count.
     OSError, RuntimeError, ...
         Whatever h5py raises on damaged files.
     """
