@@ -97,6 +97,11 @@ class CsrCounts(NamedTuple):
         """Where the counts lie."""
         return self.counts.device
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Row boundaries, genes and counts."""
+        return self.indptr, self.indices, self.counts
+
     def cells(self) -> Tensor:
         """Return the row of every entry, int64[nnz]."""
         return torch.repeat_interleave(

@@ -161,9 +161,10 @@ def hidden_layers(
         table_codes[:, j] += 1
     _check(n_in, table_codes, layers)
     masks = [torch.ones(n_cells, len(bias)) if mask is None else mask for _, bias, mask in layers]
-    stack = _Stack(products, table_codes, masks, eps)
-    parameters = [tensor for layer in layers for tensor in layer[:2]]
-    return _HiddenLayers.apply(dense, stack, *parameters)
+    stack = _Stack(products, table_codes, len(layers), eps)
+    counts = x.tensors if isinstance(x, CsrCounts) else (None, None, None)
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    return _HiddenLayers.apply(stack, dense, *counts, *weights, *biases, *masks)
 
 
 def _check(n_in: int, codes: NDArray[np.int64], layers: Sequence[Layer]) -> None:
@@ -184,30 +185,41 @@ def _check(n_in: int, codes: NDArray[np.int64], layers: Sequence[Layer]) -> None
         )
 
 
+class _Tensors(NamedTuple):
+    """Tensors of one call: a dense input, and of every layer its weight, mask and outputs."""
+
+    x: Tensor | None
+    weights: Sequence[Tensor]
+    masks: Sequence[Tensor]
+    normed: Sequence[Tensor]
+    outs: Sequence[Tensor] = ()
+
+    def inputs(self, layer: int, rows: slice) -> Tensor:
+        """Return some rows of a layer's dense input."""
+        x = self.outs[layer - 1] if layer else self.x
+        return x[rows]  # type: ignore[index]
+
+
 class _Stack:
-    """What the pieces of one call share."""
+    """What the pieces of one call share beside tensors, which autograd keeps."""
 
     def __init__(
         self,
         products: SparseProducts | None,
         codes: NDArray[np.int64],
-        masks: list[Tensor],
+        n_layers: int,
         eps: float,
     ) -> None:
-        self.products, self.codes, self.masks, self.eps = products, codes, masks, eps
+        self.products, self.codes, self.eps = products, codes, eps
         pieces = min(_PIECES, max(1, len(codes) // _PIECE_CELLS))
         self.rows = [slice(*span) for span in spans(len(codes), pieces)]
         # A dense product of few inputs is not worth a second thread at some hundred cells.
         self.n_threads = products.n_threads if products else threads_for(len(codes) * 512)
-        self.outs = [torch.empty_like(mask) for mask in masks]
-        self.normed = [torch.empty_like(mask) for mask in masks]
-        self.rstd = np.empty((len(masks), len(codes)), _F)
+        self.rstd = np.empty((n_layers, len(codes)), _F)
 
-    def forward(
-        self, x: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor]
-    ) -> Tensor:
-        """Fill in what every layer gives; return what the last one does, and do not keep that."""
-        self.x, self.weights = x, weights
+    def forward(self, tensors: _Tensors, biases: Sequence[Tensor]) -> None:
+        """Fill in what every layer gives."""
+        x, weights = tensors.x, tensors.weights
         self.n_in = [
             self.products.n_genes if x is None else x.shape[1],  # type: ignore[union-attr]
             *(len(bias) for bias in biases[:-1]),
@@ -218,61 +230,60 @@ class _Stack:
         ]
         columns = self.products.columns(weights[0]) if self.products else None
         run_all(
-            [partial(self._forward_piece, rows, tables, columns) for rows in self.rows],
+            [partial(self._forward_piece, tensors, rows, tables, columns) for rows in self.rows],
             self.n_threads,
         )
-        # The result refers to the node of autograd, which refers to this. Kept here, it would close
-        # a cycle, and a step's memory, its minibatch included, would wait for a garbage collection.
-        return self.outs.pop()
-
-    def _inputs(self, layer: int, rows: slice) -> Tensor:
-        x = self.outs[layer - 1] if layer else self.x
-        return x[rows]  # type: ignore[index]
 
     def _forward_piece(
-        self, rows: slice, tables: list[NDArray[np.float32]], columns: NDArray[np.float32] | None
+        self,
+        tensors: _Tensors,
+        rows: slice,
+        tables: list[NDArray[np.float32]],
+        columns: NDArray[np.float32] | None,
     ) -> None:
         with torch.no_grad():  # which is a setting per thread
-            for layer, (weight, n_in) in enumerate(zip(self.weights, self.n_in, strict=True)):
-                a = self.normed[layer][rows]
+            for layer, (weight, n_in) in enumerate(zip(tensors.weights, self.n_in, strict=True)):
+                a = tensors.normed[layer][rows]
                 if layer == 0 and columns is not None:
                     a.zero_()
                     self.products.add_to(a.numpy(), columns, rows)  # type: ignore[union-attr]
                 else:
-                    torch.mm(self._inputs(layer, rows), weight[:, :n_in].t(), out=a)
+                    torch.mm(tensors.inputs(layer, rows), weight[:, :n_in].t(), out=a)
                 _forward(
                     a.numpy(),
                     tables[layer],
                     self.codes[rows],
-                    self.masks[layer][rows].numpy(),
+                    tensors.masks[layer][rows].numpy(),
                     self.eps,
                     self.rstd[layer, rows],
-                    self.outs[layer][rows].numpy(),
+                    tensors.outs[layer][rows].numpy(),
                 )
 
     def backward(
-        self, grad_out: Tensor, want_x: bool
+        self, tensors: _Tensors, grad_out: Tensor, want_x: bool
     ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
         """Return the gradients of the input, the weights and the biases."""
         # Every piece adds to all weights: they have a sum each, added up in order.
-        parts = [weight.new_empty(len(self.rows), *weight.shape) for weight in self.weights]
+        parts = [weight.new_empty(len(self.rows), *weight.shape) for weight in tensors.weights]
         if self.products:
             parts[0] = parts[0].new_empty(0)
         tables = [
             np.empty((len(self.rows), 1 + weight.shape[1] - n_in, len(weight)), _F)
-            for weight, n_in in zip(self.weights, self.n_in, strict=True)
+            for weight, n_in in zip(tensors.weights, self.n_in, strict=True)
         ]
-        grads = [torch.empty_like(normed) for normed in self.normed]
-        grad_x = torch.empty_like(self.x) if want_x and self.x is not None else None
+        grads = [torch.empty_like(normed) for normed in tensors.normed]
+        grad_x = torch.empty_like(tensors.x) if want_x and tensors.x is not None else None
         run_all(
             [
-                partial(self._backward_piece, number, grad_out, grads, parts, tables, grad_x)
+                partial(
+                    self._backward_piece, tensors, number, grad_out, grads, parts, tables, grad_x
+                )
                 for number in range(len(self.rows))
             ],
             self.n_threads,
         )
         weights = []
-        for layer, (weight, n_in) in enumerate(zip(self.weights, self.n_in, strict=True)):
+        for layer, (weight, n_in) in enumerate(zip(tensors.weights, self.n_in, strict=True)):
             total = torch.empty_like(weight)
             if layer == 0 and self.products:
                 self.products.gradient_into(grads[0].numpy(), total)
@@ -285,6 +296,7 @@ class _Stack:
 
     def _backward_piece(
         self,
+        tensors: _Tensors,
         number: int,
         grad_out: Tensor,
         grads: list[Tensor],
@@ -296,11 +308,12 @@ class _Stack:
         grad = grad_out[rows]
         with torch.no_grad():
             for layer in reversed(range(len(grads))):
-                weight, n_in, grad_a = self.weights[layer], self.n_in[layer], grads[layer][rows]
+                weight, n_in = tensors.weights[layer], self.n_in[layer]
+                grad_a = grads[layer][rows]
                 _backward(
                     grad.numpy(),
-                    self.masks[layer][rows].numpy(),
-                    self.normed[layer][rows].numpy(),
+                    tensors.masks[layer][rows].numpy(),
+                    tensors.normed[layer][rows].numpy(),
                     self.rstd[layer, rows],
                     self.codes[rows],
                     grad_a.numpy(),
@@ -309,7 +322,7 @@ class _Stack:
                 if layer == 0 and self.products:
                     return
                 part = parts[layer][number, :, :n_in]
-                torch.mm(grad_a.t(), self._inputs(layer, rows), out=part)
+                torch.mm(grad_a.t(), tensors.inputs(layer, rows), out=part)
                 if layer:
                     grad = grad_a @ weight[:, :n_in]
                 elif grad_x is not None:
@@ -318,16 +331,45 @@ class _Stack:
 
 class _HiddenLayers(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor | None, stack: _Stack, *parameters: Tensor) -> Tensor:
-        detached = [tensor.detach().contiguous() for tensor in parameters]
-        x = None if x is None else x.detach().contiguous()
+    def forward(
+        ctx: Any,
+        stack: _Stack,
+        x: Tensor | None,
+        indptr: Tensor | None,
+        indices: Tensor | None,
+        counts: Tensor | None,
+        *tensors: Tensor,
+    ) -> Tensor:
+        weights, biases, masks = _by_layer(tensors, len(stack.rstd))
+        normed = [mask.new_empty(mask.shape) for mask in masks]
+        outs = [mask.new_empty(mask.shape) for mask in masks]
+        stack.forward(_detached(x, weights, masks, normed, outs), [b.detach() for b in biases])
+        # The result refers to this node, which must not keep it: it would close a cycle, and a
+        # step's memory, its minibatch included, would wait for a garbage collection.
+        result = outs.pop()
+        ctx.save_for_backward(x, indptr, indices, counts, *weights, *masks, *normed, *outs)
         ctx.stack = stack
-        return stack.forward(x, detached[::2], detached[1::2])
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, _, _, _, *saved = ctx.saved_tensors
         stack: _Stack = ctx.stack
-        grad_x, weights, biases = stack.backward(grad_out.contiguous(), ctx.needs_input_grad[0])
-        pairs = zip(weights, biases, strict=True)
-        return grad_x, None, *(tensor for pair in pairs for tensor in pair)
+        n_layers = len(stack.rstd)
+        tensors = _detached(x, *_by_layer(saved, n_layers))
+        want_x = ctx.needs_input_grad[1]
+        grad_x, weights, biases = stack.backward(tensors, grad_out.contiguous(), want_x)
+        return None, grad_x, None, None, None, *weights, *biases, *[None] * n_layers
+
+
+def _by_layer(tensors: Sequence[Tensor], n_layers: int) -> list[Sequence[Tensor]]:
+    """Cut tensors of several kinds, of every layer each, into the kinds."""
+    starts = range(0, len(tensors), n_layers)
+    return [tensors[start : start + n_layers] for start in starts]
+
+
+def _detached(x: Tensor | None, *each: Sequence[Tensor]) -> _Tensors:
+    """Return tensors as the kernels read them; they are not copied where they are contiguous."""
+    plain = ([tensor.detach().contiguous() for tensor in tensors] for tensors in each)
+    return _Tensors(None if x is None else x.detach().contiguous(), *plain)

@@ -160,26 +160,31 @@ def draw_latent(
 class _DrawLatent(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *tensors, floor = arguments
-        leaves = [tensor.detach().contiguous().numpy() for tensor in (hidden, *tensors)]
-        *inputs, noise, factor = leaves
+        *heads, noise, factor, floor = arguments
+        inputs = [_values(tensor) for tensor in (hidden, *heads, noise)]
         mean, above, z = np.empty((3, *noise.shape), _F)
         kl = np.empty(len(noise), _F)
-        _forward(*inputs, noise, floor, mean, above, z, kl)
-        ctx.kept = inputs[0], inputs[1], inputs[3], noise, floor, mean, above
-        ctx.factor = factor
+        _forward(*inputs, floor, mean, above, z, kl)
+        mean_weight, _, variance_weight, _ = heads
+        ctx.save_for_backward(hidden, mean_weight, variance_weight, noise, factor)
+        ctx.kept = floor, mean, above
         cells = torch.from_numpy(kl)
         ctx.mark_non_differentiable(cells)
-        return torch.from_numpy(z), torch.from_numpy(factor) @ cells, cells
+        return torch.from_numpy(z), factor.detach() @ cells, cells
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_z: Tensor, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, mean_weight = ctx.kept[0], ctx.kept[1]
+        hidden, mean_weight, variance_weight, noise, factor = map(_values, ctx.saved_tensors)
         n_latent = len(mean_weight)
         grads = [np.empty_like(hidden)]
         for _head in range(2):
             grads += [np.zeros_like(mean_weight), np.zeros(n_latent, _F)]
-        grad_kl = ctx.factor * _F(scale.item())
-        _backward(*ctx.kept, grad_z.contiguous().numpy(), grad_kl, *grads)
+        inputs = hidden, mean_weight, variance_weight, noise
+        grad_kl = factor * _F(scale.item())
+        _backward(*inputs, *ctx.kept, grad_z.contiguous().numpy(), grad_kl, *grads)
         return *(torch.from_numpy(grad) for grad in grads), None, None, None
+
+
+def _values(tensor: Tensor) -> NDArray[np.float32]:
+    return tensor.detach().contiguous().numpy()

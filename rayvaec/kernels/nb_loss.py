@@ -174,7 +174,8 @@ class _Fused(torch.autograd.Function):
         evaluate: Callable[[Inputs, bool], tuple[Tensor, Gradients | None]],
     ) -> tuple[Tensor, Tensor]:
         reconstruction, gradients = evaluate(inputs, True)
-        ctx.save_for_backward(*(gradients or ()))
+        # The inputs as well: backward refuses those that were changed in place meanwhile.
+        ctx.save_for_backward(h, weight, bias, px_r, *(gradients or ()))
         ctx.mark_non_differentiable(reconstruction)
         return inputs.factor @ reconstruction, reconstruction
 
@@ -182,10 +183,11 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad
+        *_, h, weight, bias, px_r = ctx.saved_tensors
         # A loss is nearly always differentiated as it is; on a GPU looking would cost a wait.
         as_it_is = scale.device.type == "cpu" and scale == 1
         grads = [
             (saved if as_it_is else saved * scale) if need else None
-            for saved, need in zip(ctx.saved_tensors, needed, strict=False)
+            for saved, need in zip((h, weight, bias, px_r), needed, strict=False)
         ]
         return (*grads, None, None)

@@ -68,15 +68,17 @@ def _beside_columns(weight: Tensor, beside: Tensor, n_genes: int) -> Tensor:
     return weight[:, n_genes : n_genes + beside.shape[1]]
 
 
-def _finish_gradient(ctx: Any, grad: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor | None]:
+def _finish_gradient(
+    ctx: Any, grad: Tensor, grad_out: Tensor, weight: Tensor, beside: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Fill in what lies beside the genes; return the gradients of weight and `beside`."""
-    grad[:, ctx.x.n_genes :] = 0
-    if ctx.beside is None:
+    grad[:, ctx.n_genes :] = 0
+    if beside is None:
         return grad, None
-    torch.mm(grad_out.t(), ctx.beside, out=_beside_columns(grad, ctx.beside, ctx.x.n_genes))
+    torch.mm(grad_out.t(), beside, out=_beside_columns(grad, beside, ctx.n_genes))
     if not ctx.needs_input_grad[1]:
         return grad, None
-    return grad, grad_out @ _beside_columns(ctx.weight, ctx.beside, ctx.x.n_genes)
+    return grad, grad_out @ _beside_columns(weight, beside, ctx.n_genes)
 
 
 class _Sparse(torch.autograd.Function):
@@ -97,17 +99,20 @@ class _Sparse(torch.autograd.Function):
             [partial(products.add_to, into[piece], columns, piece) for piece in rows],
             products.n_threads,
         )
-        ctx.weight, ctx.beside, ctx.x, ctx.products = weight, beside, x, products
+        # The products read the counts' own memory.
+        ctx.save_for_backward(weight, beside, *x.tensors)
+        ctx.n_genes, ctx.products = x.n_genes, products
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        weight, beside, *_ = ctx.saved_tensors
         grad_out = grad_out.contiguous()
-        grad = torch.empty_like(ctx.weight)
+        grad = torch.empty_like(weight)
         ctx.products.gradient_into(grad_out.numpy(), grad)
         with single_threaded_torch():
-            return *_finish_gradient(ctx, grad, grad_out), None, None
+            return *_finish_gradient(ctx, grad, grad_out, weight, beside), None, None
 
 
 class _DenseChunks(torch.autograd.Function):
@@ -115,14 +120,15 @@ class _DenseChunks(torch.autograd.Function):
     def forward(
         ctx: Any, weight: Tensor, beside: Tensor | None, x: CsrCounts, log1p: bool
     ) -> Tensor:
-        ctx.weight, ctx.beside, ctx.x, ctx.log1p = weight, beside, x, log1p
         out = weight.new_empty(x.n_cells, len(weight))
         columns = weight[:, : x.n_genes].t()
-        ctx.only_chunk = None
+        only_chunk = None
         for rows, dense in _dense_chunks(x, log1p, weight.dtype):
             torch.mm(dense, columns, out=out[rows])
             if len(dense) == x.n_cells:
-                ctx.only_chunk = dense
+                only_chunk = dense
+        ctx.save_for_backward(weight, beside, only_chunk, *x.tensors)
+        ctx.n_genes, ctx.log1p = x.n_genes, log1p
         if beside is not None:
             out.addmm_(beside, _beside_columns(weight, beside, x.n_genes).t())
         return out
@@ -130,14 +136,17 @@ class _DenseChunks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        grad = torch.zeros_like(ctx.weight)
-        if ctx.only_chunk is None:
-            chunks = _dense_chunks(ctx.x, ctx.log1p, grad.dtype)
+        weight, beside, only_chunk, *counts = ctx.saved_tensors
+        grad = torch.zeros_like(weight)
+        if only_chunk is None:
+            indptr, indices, values = counts
+            x = CsrCounts(indptr, indices, values, ctx.n_genes)
+            chunks = _dense_chunks(x, ctx.log1p, grad.dtype)
         else:
-            chunks = iter([(slice(None), ctx.only_chunk)])
+            chunks = iter([(slice(None), only_chunk)])
         for rows, dense in chunks:
-            grad[:, : ctx.x.n_genes].addmm_(grad_out[rows].t(), dense)
-        return *_finish_gradient(ctx, grad, grad_out), None, None
+            grad[:, : ctx.n_genes].addmm_(grad_out[rows].t(), dense)
+        return *_finish_gradient(ctx, grad, grad_out, weight, beside), None, None
 
 
 def _dense_chunks(x: CsrCounts, log1p: bool, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
