@@ -37,7 +37,7 @@ from loader import write_store
 
 from rayvaec.data.store import open_store
 from rayvaec.infer import bulk, bulk_run, posterior
-from rayvaec.infer.ledger import Ledger
+from rayvaec.infer.ledger import RunState
 from rayvaec.infer.quantities import Moments
 from rayvaec.infer.regions import RegionWorker
 from rayvaec.infer.store_cells import StoreCells
@@ -53,22 +53,16 @@ NNZ = 190
 class Timed(RegionWorker):
     """Notes when it begins and ends, and how large it has become."""
 
-    def region(self, number: int) -> dict[str, Any]:
-        """Compute a region."""
-        return self._noted(super().region, number)
-
-    def values(self, *arguments: Any) -> dict[str, Any]:
-        """Write a file of a layer."""
-        return self._noted(super().values, *arguments)
-
-    def _noted(self, work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    def call(self, method: str, *arguments: Any) -> dict[str, Any]:
+        """Compute a region, or write a file of a layer."""
         if not hasattr(self, "_warm"):
             self._warm = True
-            _, _, cells = self._cells.read(0, 256)
-            posterior.draw(self._model.module, cells, 1, 0)
-            posterior.expression(self._model.module, cells)
+            model, store_cells = self.models[0]
+            _, _, cells = store_cells.read(0, 256)
+            posterior.draw(model.module, cells, 1, 0)
+            posterior.expression(model.module, cells)
         began = time.time()
-        record = work(*arguments)
+        record = super().call(method, *arguments)
         size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {**record, "began": began, "ended": time.time(), "kib": size}
 
@@ -76,16 +70,16 @@ class Timed(RegionWorker):
 def run_bulk(verb: Callable[..., None], *arguments: Any, **options: Any) -> dict[str, float]:
     """Run a verb of bulk inference; return seconds of work, of the command, and worker's MiB."""
     records: list[dict[str, Any]] = []
-    finish = Ledger.finish
+    finish = RunState.finish
 
-    def noted(self: Ledger, stage: str, item: int, record: Any) -> None:
+    def noted(self: RunState, stage: str, item: int, record: Any) -> None:
         records.append(record)
         finish(self, stage, item, record)
 
-    bulk_run.RegionWorker, Ledger.finish = Timed, noted  # type: ignore[misc, method-assign]
+    bulk_run.RegionWorker, RunState.finish = Timed, noted  # type: ignore[misc, method-assign]
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        verb(*arguments[:2], Path(folder) / "out", *arguments[2:], num_workers=2, **options)
+        verb(*arguments[:2], Path(folder) / "out.zarr", *arguments[2:], num_workers=2, **options)
         command = time.perf_counter() - began
     timed = [record for record in records if "began" in record]
     return {

@@ -15,7 +15,7 @@ import numpy as np
 from rayvaec.client import Client
 from rayvaec.data.lock import WriteLock
 from rayvaec.errors import RayvaecError
-from rayvaec.files import check_free, remove
+from rayvaec.files import check_free, check_suffix, remove
 
 SERVER_STOP_S = 120
 
@@ -39,6 +39,7 @@ def demo(out: Path, n_cells: int = 20_000, overwrite: bool = False) -> None:
     RayvaecError
         If a step fails.
     """
+    check_suffix(out)
     with WriteLock(out):
         check_free(out, overwrite)
         remove(out)

@@ -8,15 +8,22 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from rayvaec.errors import StoreError
+from rayvaec.errors import ConfigError, StoreError
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers of writing where there is no room, or a file may not grow."""
+
+FILE_SUFFIXES = (
+    *(".csv", ".tsv", ".txt", ".parquet", ".feather", ".xlsx", ".json", ".jsonl", ".html", ".pdf"),
+    *(".h5ad", ".h5", ".hdf5", ".h5mu", ".loom", ".mtx", ".npz", ".npy", ".rds"),
+    *(".pt", ".pth", ".pkl", ".ckpt", ".safetensors", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar"),
+)
+"""Endings of names that promise a file, not a folder."""
 
 PARTIAL, REPLACED = ".partial", ".replaced"
 
@@ -38,6 +45,36 @@ def check_free(path: Path, overwrite: bool = False) -> None:
     """
     if path.exists() and not overwrite:
         raise StoreError(f"the output {path} exists already", "choose another --out or --overwrite")
+
+
+def check_suffix(path: Path, suffixes: Sequence[str] = ()) -> None:
+    """Refuse an output whose name promises another format than the one that is written.
+
+    Parameters
+    ----------
+    path : Path
+        Where the output shall go.
+    suffixes : sequence of str
+        The formats it can have, such as ``.zarr``; none for a folder.
+
+    Raises
+    ------
+    ConfigError
+        If the name ends in none of `suffixes` or, for a folder, in one of a file's.
+    """
+    suffix = path.suffix.lower()
+    if suffixes and suffix not in suffixes:
+        *others, last = suffixes
+        known = f"{', '.join(others)} or {last}" if others else last
+        raise ConfigError(
+            f"the name of the output {path} does not end in a format that can be written here",
+            f"choose a name that ends in {known}",
+        )
+    if not suffixes and suffix in FILE_SUFFIXES:
+        raise ConfigError(
+            f"the output {path} will be a folder, and its name says that it is a {suffix} file",
+            f"choose a name that does not end in {suffix}",
+        )
 
 
 def remove(path: Path) -> None:
@@ -137,19 +174,26 @@ def bring_back(path: Path) -> None:
             remove(left)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` so that readers see the old file or the new one, never a part."""
+@contextmanager
+def open_whole(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to write, so that readers see the old file or the new one, never a part."""
     descriptor, name = tempfile.mkstemp(PARTIAL, f".{path.name}.", path.parent)
     try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
         os.unlink(name)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as `open_whole` does, and so that it outlives a power cut."""
+    with open_whole(path) as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:

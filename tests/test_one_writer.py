@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,15 +23,37 @@ VERBS = {
     "prepare --resume": ["INPUT", "--labels-key", "cell_type"],
     "train": ["STORE"],
     "train --resume": ["STORE"],
+    "sample": ["MODEL", "STORE", "--n-samples=2"],
+    "embed": ["MODEL", "STORE"],
+    "expression": ["MODEL", "STORE"],
+    "elbo": ["MODEL", "STORE"],
+    "marginal-ll": ["MODEL", "STORE"],
+    "de": ["MODEL", "STORE"],
+    "vamp-prior": ["MODEL", "STORE"],
+    "check": ["MODEL", "STORE"],
     "import": ["FOLDER"],
     "export": ["MODEL"],
     "demo": [],
 }
 """What the verbs are given beside --out; their inputs do not exist, so that they end soon."""
 
+TABLES = (".zarr", ".h5ad", ".csv", ".parquet")
+FORMATS = {
+    "simulate": (".h5ad", ".zarr"),
+    "sample": (".zarr", ".h5ad"),
+    "embed": TABLES,
+    "expression": (".zarr", ".h5ad"),
+    "elbo": TABLES,
+    "marginal-ll": TABLES,
+    "de": (".csv", ".parquet"),
+    "vamp-prior": (".npz",),
+}
+"""Endings of the outputs that are not folders."""
+
 HOLDS = """
 import sys, time
 from pathlib import Path
+from typing import Any
 from rayvaec.data.lock import WriteLock
 with WriteLock(Path(sys.argv[1])):
     print("held", flush=True)
@@ -40,7 +63,7 @@ with WriteLock(Path(sys.argv[1])):
 
 def suffix(verb: str) -> str:
     """The format in which a verb writes."""
-    return {"simulate": ".h5ad", "de": ".csv", "vamp-prior": ".npz"}.get(verb.split()[0], ".zarr")
+    return FORMATS.get(verb.split()[0], (".zarr",))[0]
 
 
 @pytest.fixture
@@ -74,7 +97,7 @@ def test_every_verb_that_writes_is_looked_at() -> None:
         if isinstance(action, argparse._SubParsersAction)
     )
     write = {name for name, verb in verbs.items() if "--out" in verb._option_string_actions}
-    assert write >= {verb.split()[0] for verb in VERBS}
+    assert write == {verb.split()[0] for verb in VERBS}
 
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["", "overwrite"])
@@ -120,3 +143,21 @@ def test_a_writer_does_not_keep_readers_away(
     shutil.copytree(store_path, store)
     start_holder(store)
     assert main(["inspect", str(store), "--verify"]) == 0
+
+
+@pytest.mark.parametrize("name", ["out.h5ad", "out.csv", "out.CSV", "out", "out.v2", "out.npz.gz"])
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if "--" not in verb])
+def test_a_name_that_promises_another_format_is_refused_before_any_work(
+    verb: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("rayvaec.demo._demo", lambda *_: None)  # takes minutes
+    out = tmp_path / name
+    command = [*words(verb, tmp_path)[:-1], str(out)]
+    code, said = main(command), capsys.readouterr().err
+    is_right = out.suffix.lower() in FORMATS.get(verb, ("", ".v2"))
+    refused = f"{out} will be a folder" in said or f"{out} does not end in a format" in said
+    assert refused == (not is_right), said
+    if refused:
+        assert code == 2
+        assert "choose a name that" in said
+        assert not list(tmp_path.iterdir())

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from rayvaec.commands.options import Verbs, add_out
+from rayvaec.files import check_suffix
 
 
 def add_bridge(verbs: Verbs) -> None:
@@ -29,6 +30,7 @@ def _import(arguments: argparse.Namespace) -> None:
     from rayvaec.infer.trained import load_model
     from rayvaec.model.scvi import import_model
 
+    check_suffix(arguments.out)
     with WriteLock(arguments.out):
         import_model(arguments.folder, arguments.out, arguments.overwrite)
     print(load_model(arguments.out).describe())
@@ -39,6 +41,7 @@ def _export(arguments: argparse.Namespace) -> None:
     from rayvaec.data.lock import WriteLock
     from rayvaec.model.scvi import export_condscvi
 
+    check_suffix(arguments.out)
     with WriteLock(arguments.out):
         opened_by = export_condscvi(
             arguments.model,

@@ -8,18 +8,28 @@ from pathlib import Path
 
 from rayvaec.commands.options import Verbs, add_out
 
-_ZARR = "AnnData Zarr to write"
+_ANNDATA = "AnnData to write, .zarr or .h5ad"
+_OR_TABLE = f"{_ANNDATA}, or table, .csv or .parquet"
 _BULK = {
-    "sample": ("draw from the posterior predictive of every cell of a store", "OUT.zarr", _ZARR),
-    "embed": ("write every cell's latent mean and variance", "OUT.zarr", _ZARR),
-    "expression": ("write every cell's denoised expression, or each label's", "OUT.zarr", _ZARR),
-    "elbo": ("write every cell's evidence lower bound", "OUT.zarr", _ZARR),
-    "marginal-ll": ("write every cell's marginal log-likelihood", "OUT.zarr", _ZARR),
-    "de": ("compare the genes of groups of a store's cells", "OUT.csv", "table to write"),
+    "sample": ("draw from the posterior predictive of every cell of a store", "OUT", _ANNDATA),
+    "embed": ("write every cell's latent mean and variance", "OUT", _OR_TABLE),
+    "expression": (
+        "write every cell's denoised expression, or each label's",
+        *("OUT", f"{_ANNDATA}; with --by-label a table too, .csv or .parquet"),
+    ),
+    "elbo": ("write every cell's evidence lower bound", "OUT", _OR_TABLE),
+    "marginal-ll": ("write every cell's marginal log-likelihood", "OUT", _OR_TABLE),
+    "de": ("compare the genes of groups of a store's cells", "OUT", "table, .csv or .parquet"),
     "vamp-prior": ("write the empirical prior that DestVI takes", "OUT.npz", "arrays to write"),
 }
 _SEEDED = ("sample", "elbo", "marginal-ll", "de", "vamp-prior")
-_READ_WITH = {".zarr": "anndata.read_zarr", ".csv": "pandas.read_csv", ".npz": "numpy.load"}
+_READ_WITH = {
+    ".zarr": "anndata.read_zarr",
+    ".h5ad": "anndata.read_h5ad",
+    ".csv": "pandas.read_csv",
+    ".parquet": "pandas.read_parquet",
+    ".npz": "numpy.load",
+}
 
 
 def add_bulk(verbs: Verbs) -> None:
@@ -44,9 +54,21 @@ def _add_sample(verb: argparse.ArgumentParser) -> None:
         "--reduce",
         type=lambda names: tuple(filter(None, names.split(","))),
         default=(),
-        metavar="mean,var,zero_fraction",
+        metavar="mean,var,zero_fraction,quantiles",
         help="write these moments of the draws instead of the draws",
     )
+    verb.add_argument(
+        "--quantiles",
+        type=_numbers,
+        default=(),
+        metavar="0.05,0.5,0.95",
+        help="which, with --reduce quantiles",
+    )
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    """Read numbers between commas."""
+    return tuple(float(word) for word in text.split(",") if word)
 
 
 def _add_expression(verb: argparse.ArgumentParser) -> None:
@@ -103,5 +125,4 @@ def _bulk(arguments: argparse.Namespace) -> None:
         "vamp-prior": bulk.vamp_prior_store,
     }
     verbs[arguments.verb](model, store, out, **options)
-    suffix = Path(_BULK[arguments.verb][1]).suffix
-    print(f"wrote {out}; read it with {_READ_WITH[suffix]}")
+    print(f"wrote {out}; read it with {_READ_WITH[out.suffix.lower()]}")

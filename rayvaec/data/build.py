@@ -47,7 +47,7 @@ from rayvaec.data.survey import Names, Survey, read_names, survey
 from rayvaec.data.variable_genes import FLAVOUR, most_variable
 from rayvaec.data.workspace import Workspace, working
 from rayvaec.errors import ConfigError, CountsError, StoreError
-from rayvaec.files import check_free, remove
+from rayvaec.files import check_free, check_suffix, remove
 from rayvaec.runtime import check_cpus, check_job_paths, check_seen, ray_session
 
 logger = logging.getLogger("rayvaec")
@@ -117,6 +117,8 @@ def prepare(
     paths = [path for path, _ in named]
     check_job_paths([*paths, out])
     _check_inputs(paths, out)
+    if not append and not resume:
+        check_suffix(out)
     out = out.absolute()
     with WriteLock(out), ExitStack() as stack:
         if not append and not (resume and Workspace(out).read("manifest")):

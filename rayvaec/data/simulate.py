@@ -19,7 +19,7 @@ from scipy import sparse
 
 from rayvaec.data.lock import WriteLock
 from rayvaec.errors import ConfigError
-from rayvaec.files import whole_output
+from rayvaec.files import check_suffix, whole_output
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -167,11 +167,10 @@ def write_atlas(
     import zarr
     from anndata.io import write_elem
 
-    if out.suffix not in (".h5ad", ".zarr"):
-        raise ConfigError(f"--out {out} is no format to write", "use a name in .h5ad or .zarr")
+    check_suffix(out, (".h5ad", ".zarr"))
     with WriteLock(out), whole_output(out, overwrite) as partial:
         adata = simulate(n_cells, n_genes, n_labels, n_batches, seed, mean_library)
-        if out.suffix == ".zarr":
+        if out.suffix.lower() == ".zarr":
             with anndata.settings.override(auto_shard_zarr_v3=True):
                 write_elem(zarr.open_group(partial, mode="w", zarr_format=3), "/", adata)
         else:

@@ -19,6 +19,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from rayvaec.data.names import differences
 from rayvaec.errors import ConfigError, RayvaecError, StoreError
 from rayvaec.files import FULL_DISK, remove, write_json
 
@@ -183,13 +184,12 @@ def _settle_leftover(
 
 
 def _refuse_other_plan(out: Path, before: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
-    for key in dict.fromkeys([*plan, *before]):
-        old, new = (json.dumps(value.get(key, "not given")) for value in (before, plan))
-        if old != new:
-            raise ConfigError(
-                f"the work on {out} cannot be resumed: {key} was {old} and is {new}",
-                "give what was given before, or start over with --overwrite and without --resume",
-            )
+    differ = differences(before, plan)
+    if differ:
+        raise ConfigError(
+            f"the work on {out} cannot be resumed: {differ}",
+            "give what was given before, or start over with --overwrite and without --resume",
+        )
 
 
 def append_durably(path: Path, values: NDArray[Any], at: int) -> None:

@@ -6,12 +6,13 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rayvaec.errors import RayvaecError
 from rayvaec.files import FULL_DISK
-from rayvaec.infer.ledger import Ledger
+from rayvaec.infer.ledger import RunState
 from rayvaec.progress import Progress
 
 logger = logging.getLogger("rayvaec")
@@ -26,7 +27,7 @@ def actors(worker: type, work: Any, num_workers: int, use_gpu: bool) -> Iterator
     Parameters
     ----------
     worker : type
-        Class of the actors; every method may be repeated.
+        Class of the actors, whose `call` may be repeated.
     work : object
         The one argument of its constructor.
     num_workers : int
@@ -51,52 +52,60 @@ def actors(worker: type, work: Any, num_workers: int, use_gpu: bool) -> Iterator
             ray.kill(started)
 
 
-def run_stage(
-    workers: list[Any],
-    ledger: Ledger,
-    stage: str,
-    calls: Mapping[int, tuple[str, tuple[Any, ...]]],
-    sizes: Mapping[int, int],
-    unit: str,
-) -> dict[int, Any]:
-    """Have the workers make those of the calls that are not recorded; return all records.
+@dataclass(frozen=True)
+class Crew:
+    """Workers, and the record of what they have finished.
 
     Parameters
     ----------
     workers : list of Ray actor handles
         From `actors`.
-    ledger : Ledger
+    state : RunState
         Where finished calls are recorded.
-    stage : {"regions", "files"}
-        What the calls make.
-    calls : mapping of int to (str, tuple)
-        Method and arguments of every call, by number.
-    sizes : mapping of int to int
-        How much work each call is, for the progress line.
-    unit : str
-        Of the sizes.
-
-    Returns
-    -------
-    dict of int to JSON-able
-        What the calls returned, by number.
     """
-    records = ledger.finished(stage, calls)
-    missing = {item: call for item, call in calls.items() if item not in records}
-    if records:
-        logger.info("going on: %d of %d %s are finished", len(records), len(calls), stage)
-    task = {"regions": "computing", "files": "writing"}[stage]
-    with Progress(sum(sizes[item] for item in missing), unit, task) as bar:
-        for item, record in _results(workers, missing):
-            ledger.finish(stage, item, record)
-            records[item] = record
-            bar.advance(sizes[item])
-    return records
+
+    workers: list[Any]
+    state: RunState
+
+    def run(
+        self,
+        stage: str,
+        calls: Mapping[int, tuple[Any, ...]],
+        sizes: Mapping[int, int],
+        unit: str,
+    ) -> dict[int, Any]:
+        """Have the workers make those of the calls that are not recorded; return all records.
+
+        Parameters
+        ----------
+        stage : {"regions", "files"}
+            What the calls make.
+        calls : mapping of int to tuple
+            Method of the task, and its arguments, of every call, by number.
+        sizes : mapping of int to int
+            How much work each call is, for the progress line.
+        unit : str
+            Of the sizes.
+
+        Returns
+        -------
+        dict of int to JSON-able
+            What the calls returned, by number.
+        """
+        records = self.state.finished(stage, calls)
+        missing = {item: call for item, call in calls.items() if item not in records}
+        if records:
+            logger.info("going on: %d of %d %s are finished", len(records), len(calls), stage)
+        task = {"regions": "computing", "files": "writing"}[stage]
+        with Progress(sum(sizes[item] for item in missing), unit, task) as bar:
+            for item, record in _results(self.workers, missing):
+                self.state.finish(stage, item, record)
+                records[item] = record
+                bar.advance(sizes[item])
+        return records
 
 
-def _results(
-    workers: list[Any], calls: Mapping[int, tuple[str, tuple[Any, ...]]]
-) -> Iterator[tuple[int, Any]]:
+def _results(workers: list[Any], calls: Mapping[int, tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
     """Yield items and results as they come; after an error, those under way and then the error."""
     import ray
 
@@ -106,9 +115,8 @@ def _results(
     failure: Exception | None = None
     while running or (waiting and failure is None):
         while idle and waiting and failure is None:
-            item, (method, arguments) = waiting.pop()
-            worker = idle.pop()
-            running[getattr(worker, method).remote(*arguments)] = item, worker
+            (item, call), worker = waiting.pop(), idle.pop()
+            running[worker.call.remote(*call)] = item, worker
         (done,), _ = ray.wait(list(running), num_returns=1)
         item, worker = running.pop(done)
         idle.append(worker)

@@ -1,4 +1,4 @@
-"""A trained model over a whole store, as Ray tasks, into an AnnData in Zarr or a table.
+"""A trained model over a whole store, as Ray tasks, into an AnnData or a table.
 
 Cells keep the store's order and names. The work is cut into regions; a finished region is recorded
 beside the output, a worker that dies is started again, and a command that was stopped goes on where
@@ -12,20 +12,15 @@ from pathlib import Path
 
 from rayvaec.data.store import Store
 from rayvaec.errors import ConfigError
-from rayvaec.infer.bulk_run import open_job
+from rayvaec.infer.bulk_run import open_inputs, run
 from rayvaec.infer.contrasts import Contrast, contrasts, too_small
 from rayvaec.infer.differential import Comparison
+from rayvaec.infer.draw_layers import Draws
+from rayvaec.infer.moments import QUANTILES, check_reductions
 from rayvaec.infer.posterior import check_draws
-from rayvaec.infer.quantities import (
-    Draws,
-    Elbo,
-    Expression,
-    Latent,
-    MarginalLL,
-    Moments,
-    check_reductions,
-)
+from rayvaec.infer.quantities import Elbo, Expression, Latent, MarginalLL, Moments
 from rayvaec.infer.reductions import DifferentialExpression, LabelMeans, VampPrior
+from rayvaec.infer.regions import Task
 from rayvaec.infer.vamp import check_clusters
 
 
@@ -36,7 +31,8 @@ def sample_store(
     n_samples: int,
     *,
     seed: int = 0,
-    reduce: tuple[str, ...] = (),
+    reduce: Sequence[str] = (),
+    quantiles: Sequence[float] = (),
     num_workers: int = 1,
     use_gpu: bool = False,
     overwrite: bool = False,
@@ -48,37 +44,55 @@ def sample_store(
     model_path, store_path : str or Path
         A saved model, and a store (path or URL) that has the model's genes and labels.
     out : str or Path
-        AnnData Zarr to write: layers ``sample_0``, ``sample_1``, ... of int32 counts, [n_cells,
-        n_genes] in CSR, equal to those of `TrainedModel.sample` on the same cells.
+        AnnData to write, ``.zarr`` or ``.h5ad``: layers ``sample_0``, ``sample_1``, ... of int32
+        counts, [n_cells, n_genes] in CSR, equal to those of `TrainedModel.sample` on the same
+        cells.
     n_samples : int
         Draws a cell, at least 1.
     seed : int
         Seed of all draws.
-    reduce : tuple of str
-        Which of ``mean``, ``var`` and ``zero_fraction`` over the draws to write, float32, as layers
-        of these names, instead of the draws.
+    reduce : sequence of str
+        Which of ``mean``, ``var``, ``zero_fraction`` and ``quantiles`` over the draws to write,
+        float32, as layers of these names, instead of the draws.
+    quantiles : sequence of float
+        With ``quantiles`` in `reduce`, which of them: numbers from 0 to 1; 0.5 comes as layer
+        ``quantile_0.5``.
     num_workers : int
         Ray actors, one CPU each.
     use_gpu : bool
         Whether each of them gets a GPU as well.
     overwrite : bool
-        Whether an existing output may be replaced.
+        Whether an existing output, and unfinished work of other options, may be replaced.
 
     Raises
     ------
     ConfigError
-        If an option is out of range, or Ray has fewer CPUs or GPUs than the workers need.
+        If an option is out of range, `out` does not end in a format that can be written, or Ray
+        has fewer CPUs or GPUs than the workers need.
     StoreError
-        If there is no such store, or `out` exists.
+        If there is no such store, `out` exists, another process writes it, or there is unfinished
+        work of other options on it.
     ModelError
         If there is no such model, or it does not fit the store.
     RayvaecError
         If the work failed; finished regions are kept for a rerun.
     """
     check_draws(n_samples, seed)
-    check_reductions(reduce)
-    job = open_job(model_path, store_path, out, num_workers, use_gpu, overwrite)
-    job.run(Moments(n_samples, seed, reduce) if reduce else Draws(n_samples, seed))
+    check_reductions(reduce, quantiles)
+    task: Task = Draws(n_samples, seed)
+    if reduce:
+        moments = tuple(name for name in reduce if name != QUANTILES)
+        task = Moments(n_samples, seed, moments, tuple(map(float, quantiles)))
+    with open_inputs(
+        type(task),
+        [model_path],
+        store_path,
+        out,
+        num_workers=num_workers,
+        use_gpu=use_gpu,
+        overwrite=overwrite,
+    ) as inputs:
+        run(inputs, task)
 
 
 def embed_store(
@@ -95,7 +109,16 @@ def embed_store(
     Parameters and errors as in `sample_store`; the output has ``obsm["X_rayvaec"]`` and
     ``obsm["X_rayvaec_var"]``, [n_cells, n_latent], float32.
     """
-    open_job(model_path, store_path, out, num_workers, use_gpu, overwrite).run(Latent())
+    with open_inputs(
+        Latent,
+        [model_path],
+        store_path,
+        out,
+        num_workers=num_workers,
+        use_gpu=use_gpu,
+        overwrite=overwrite,
+    ) as inputs:
+        run(inputs, Latent())
 
 
 def expression_store(
@@ -114,8 +137,17 @@ def expression_store(
     n_genes], float32, whose rows sum to 1. With `by_label` it has a row a label of the store
     instead, the mean over its cells, in ``X``, and their number in ``obs["n_cells"]``.
     """
-    job = open_job(model_path, store_path, out, num_workers, use_gpu, overwrite)
-    job.run(LabelMeans(job.store.registry.n_labels) if by_label else Expression())
+    with open_inputs(
+        LabelMeans if by_label else Expression,
+        [model_path],
+        store_path,
+        out,
+        num_workers=num_workers,
+        use_gpu=use_gpu,
+        overwrite=overwrite,
+    ) as inputs:
+        n_labels = inputs.store.registry.n_labels
+        run(inputs, LabelMeans(n_labels) if by_label else Expression())
 
 
 def elbo_store(
@@ -134,7 +166,16 @@ def elbo_store(
     ``obs["reconstruction_error"]``, in nats, from the same draw of z.
     """
     check_draws(1, seed)
-    open_job(model_path, store_path, out, num_workers, use_gpu, overwrite).run(Elbo(seed))
+    with open_inputs(
+        Elbo,
+        [model_path],
+        store_path,
+        out,
+        num_workers=num_workers,
+        use_gpu=use_gpu,
+        overwrite=overwrite,
+    ) as inputs:
+        run(inputs, Elbo(seed))
 
 
 def marginal_ll_store(
@@ -153,8 +194,16 @@ def marginal_ll_store(
     Parameters and errors as in `sample_store`; the output has ``obs["marginal_ll"]``, in nats.
     """
     check_draws(n_mc_samples, seed)
-    job = open_job(model_path, store_path, out, num_workers, use_gpu, overwrite)
-    job.run(MarginalLL(n_mc_samples, seed))
+    with open_inputs(
+        MarginalLL,
+        [model_path],
+        store_path,
+        out,
+        num_workers=num_workers,
+        use_gpu=use_gpu,
+        overwrite=overwrite,
+    ) as inputs:
+        run(inputs, MarginalLL(n_mc_samples, seed))
 
 
 def vamp_prior_store(
@@ -174,13 +223,22 @@ def vamp_prior_store(
     `TrainedModel.get_vamp_prior` returns, and ``labels``.
     """
     check_clusters(p, seed)
-    job = open_job(model_path, store_path, out, num_workers, use_gpu, overwrite)
-    if job.model.module.config.prior == "mog":
-        raise ConfigError(
-            "the model has learned a mixture prior, which DestVI takes instead of an empirical one",
-            "use `rayvaec export`, which takes it along",
-        )
-    job.run(VampPrior(p, seed))
+    with open_inputs(
+        VampPrior,
+        [model_path],
+        store_path,
+        out,
+        num_workers=num_workers,
+        use_gpu=use_gpu,
+        overwrite=overwrite,
+    ) as inputs:
+        if inputs.model.module.config.prior == "mog":
+            raise ConfigError(
+                "the model has learned a mixture prior, which DestVI takes instead of an "
+                "empirical one",
+                "use `rayvaec export`, which takes it along",
+            )
+        run(inputs, VampPrior(p, seed))
 
 
 def differential_expression_store(
@@ -203,7 +261,8 @@ def differential_expression_store(
     model_path, store_path, num_workers, use_gpu, overwrite
         As in `sample_store`.
     out : str or Path
-        CSV file to write: the table of `TrainedModel.differential_expression`.
+        File to write, ``.csv`` or ``.parquet``: the table of
+        `TrainedModel.differential_expression`.
     how : Comparison, optional
         Options of the comparison.
     groupby : str, optional
@@ -220,8 +279,27 @@ def differential_expression_store(
     StoreError, ModelError, RayvaecError
         As in `sample_store`.
     """
-    job = open_job(model_path, store_path, out, num_workers, use_gpu, overwrite)
-    registry = job.store.registry
+    with open_inputs(
+        DifferentialExpression,
+        [model_path],
+        store_path,
+        out,
+        num_workers=num_workers,
+        use_gpu=use_gpu,
+        overwrite=overwrite,
+    ) as inputs:
+        run(inputs, _comparisons(inputs.store, how or Comparison(), groupby, group1, group2))
+
+
+def _comparisons(
+    store: Store,
+    how: Comparison,
+    groupby: str | None,
+    group1: str | Sequence[str] | None,
+    group2: str | None,
+) -> DifferentialExpression:
+    """Return the comparisons of the groups of a store that are asked for."""
+    registry = store.registry
     key = groupby or registry.labels_key
     columns = {registry.labels_key: registry.labels}
     if registry.batch_key is not None:
@@ -233,19 +311,17 @@ def differential_expression_store(
     names = columns[key]
     wanted = contrasts(key, names, group1, group2)
     if key == registry.labels_key:
-        _check_sizes(job.store, wanted)
+        _check_sizes(store, wanted)
     if group2 is not None:  # the others need not be looked at
         compared = {group2, *(names[contrast.one] for contrast in wanted)}
         names = tuple(name for name in names if name in compared)
     group1 = [columns[key][contrast.one] for contrast in wanted]
-    job.run(
-        DifferentialExpression(
-            by_batch=key == registry.batch_key,
-            groups=tuple(columns[key].index(name) for name in names),
-            names=names,
-            contrasts=tuple(contrasts(key, names, group1, group2)),
-            how=how or Comparison(),
-        )
+    return DifferentialExpression(
+        by_batch=key == registry.batch_key,
+        groups=tuple(columns[key].index(name) for name in names),
+        names=names,
+        contrasts=tuple(contrasts(key, names, group1, group2)),
+        how=how,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import zarr
@@ -19,7 +19,8 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
 from rayvaec.data.inputs.writer import create_anndata, write_frame, write_strings
 from rayvaec.data.registry import Registry
-from rayvaec.infer.quantities import Width
+from rayvaec.data.store import Rows
+from rayvaec.infer.bulk_job import Job
 
 VALUES_PER_CHUNK = 2**17
 CHUNKS_PER_SHARD = 64
@@ -35,33 +36,33 @@ _CATEGORICAL: dict[str, Any] = {
 }
 
 
-def create_output(
-    folder: Path,
-    registry: Registry,
-    genes: Sequence[str],
-    widths: Mapping[str, Width],
-    n_cells: int,
-    region: int,
-    origin: Mapping[str, Any],
-) -> None:
+class Width(NamedTuple):
+    """Shape and type of one cell's entry in an array."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a cell's entry."""
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+def create_output(job: Job, widths: Mapping[str, Width]) -> None:
     """Create an AnnData with names of genes and categories, and empty rows for the cells.
+
+    What it is computed from is kept as JSON in ``uns["rayvaec"]``.
 
     Parameters
     ----------
-    folder : Path
-        Where to create it; must not exist.
-    registry : Registry
-        Of the store: label and batch columns and their categories.
-    genes : sequence of str
-        Names of the columns.
+    job : Job
+        Whose output to create; must not exist.
     widths : mapping of str to Width
         Arrays to create, by path.
-    n_cells, region : int
-        Rows in all, and rows of a region.
-    origin : mapping
-        What the output was computed from, kept as JSON in ``uns["rayvaec"]``.
     """
-    root = create_anndata(str(folder))
+    store, size = job.inputs.store, job.regions.size
+    registry, n_cells = store.registry, store.n_cells
+    root = create_anndata(str(job.state.output))
     columns = {registry.labels_key: registry.labels}
     if registry.batch_key is not None:
         columns[registry.batch_key] = registry.batches
@@ -79,7 +80,7 @@ def create_output(
         "_index",
         shape=(n_cells,),
         dtype=str,
-        chunks=(min(region, n_cells),),
+        chunks=(min(size, n_cells),),
         compressors=[ZstdCodec(level=3), Crc32cCodec()],
         attributes={"encoding-type": "string-array", "encoding-version": "0.2.0"},
     )
@@ -87,12 +88,12 @@ def create_output(
         column = obs.create_group(name, attributes=_CATEGORICAL)
         write_strings(column, "categories", categories)
         codes = Width((), np.min_scalar_type(-len(categories)).name)
-        _create_rows(column, "codes", n_cells, region, codes)
-    write_frame(root, "var", genes, {})
+        _create_rows(column, "codes", n_cells, size, codes)
+    write_frame(root, "var", job.inputs.model.registry.genes, {})
     for path, width in widths.items():
-        _create_rows(root, path, n_cells, region, width)
+        _create_rows(root, path, n_cells, size, width)
     text = root.create_array("uns/rayvaec", shape=(), dtype=str, attributes=_STRING)
-    text[()] = json.dumps(dict(origin))
+    text[()] = json.dumps(job.plan)
 
 
 def _create_rows(
@@ -133,8 +134,7 @@ def write_obs(
     registry: Registry,
     start: int,
     names: Sequence[str],
-    labels: NDArray[Any],
-    batches: NDArray[Any] | None,
+    rows: Rows,
 ) -> None:
     """Write names, labels and batches of a region.
 
@@ -148,14 +148,14 @@ def write_obs(
         First row of the region.
     names : sequence of str
         Names of the cells.
-    labels, batches : array[n_rows] of int
-        Codes; batches where the registry has them, else None.
+    rows : Rows
+        What the store holds of them.
     """
-    rows = slice(start, start + len(names))
-    array_at(root, "obs/_index")[rows] = np.array(names, dtype=object)
-    array_at(root, f"obs/{registry.labels_key}/codes")[rows] = labels
-    if batches is not None:
-        array_at(root, f"obs/{registry.batch_key}/codes")[rows] = batches
+    here = slice(start, start + len(names))
+    array_at(root, "obs/_index")[here] = np.array(names, dtype=object)
+    array_at(root, f"obs/{registry.labels_key}/codes")[here] = rows.labels
+    if rows.batches is not None:
+        array_at(root, f"obs/{registry.batch_key}/codes")[here] = rows.batches
 
 
 def write_means(

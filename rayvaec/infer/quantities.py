@@ -1,65 +1,71 @@
-"""What bulk work computes for a region of cells, and which columns and layers that fills.
-
-A quantity of fixed width fills arrays whose row is a cell. Draws have no fixed width: they become
-sparse layers, whose offsets are known only when all are drawn.
-"""
+"""Bulk work whose result has one entry of fixed width a cell, and the arrays that these fill."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rayvaec.compiled import compiled
-from rayvaec.errors import ConfigError
 from rayvaec.infer import posterior
+from rayvaec.infer.actors import Crew
+from rayvaec.infer.bulk_job import Job
 from rayvaec.infer.cells import Cells
 from rayvaec.infer.likelihood import marginal_ll
-from rayvaec.kernels.nb_sample import Draws as DrawnRows
+from rayvaec.infer.moments import DrawMoments, column_names, drawn_windows
+from rayvaec.infer.output import Width, create_output, write_obs
+from rayvaec.infer.regions import RegionWorker, Task
+from rayvaec.infer.trained import TrainedModel
 from rayvaec.model.vaec import VAEC
 
-REDUCTIONS = ("mean", "var", "zero_fraction")
-
-_ROWS_PER_CALL = 8192
-_SAMPLES_PER_CALL = 128
 _CELLS_OF_SUMS = 256
 
 
-class Width(NamedTuple):
-    """Shape and type of one cell's entry in an array."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of a cell's entry."""
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
-
-
-class Quantity(Protocol):
+class Quantity(Task):
     """A result with one entry of fixed width a cell."""
 
-    keyed: ClassVar[bool]
+    formats: ClassVar[tuple[str, ...]] = (".zarr", ".h5ad")
+
+    keyed: ClassVar[bool] = False
     """Whether it depends on the keys of the cells' noise."""
 
+    @abstractmethod
     def widths(self, module: VAEC) -> dict[str, Width]:
         """Return the arrays to fill, by their path in the AnnData, such as ``obsm/X_rayvaec``."""
-        ...
 
+    @abstractmethod
     def values(self, module: VAEC, cells: Cells) -> dict[str, NDArray[Any]]:
         """Return the cells' rows of every array."""
-        ...
+
+    def bytes_per_cell(self, model: TrainedModel, nnz: float) -> float:
+        """Return what a cell's entries take."""
+        return sum(width.nbytes for width in self.widths(model.module).values())
+
+    def begin(self, job: Job) -> None:
+        """Create an AnnData with empty arrays."""
+        create_output(job, self.widths(job.inputs.model.module))
+
+    def region(self, worker: RegionWorker, number: int) -> dict[str, Any]:
+        """Compute a region and write its rows; return an empty record."""
+        region = worker.region(number)
+        model, store_cells = worker.models[0]
+        rows, names, cells = store_cells.read(region.start, region.stop, keyed=self.keyed)
+        write_obs(worker.root, worker.store.registry, region.start, names, rows)
+        for path, values in self.values(model.module, cells).items():
+            worker.root[path][region.start : region.stop] = values  # type: ignore[index]
+        return {}
+
+    def finish(self, job: Job, crew: Crew, records: dict[int, Any]) -> None:
+        """Do nothing: all is written."""
 
 
 @dataclass(frozen=True)
-class Latent:
+class Latent(Quantity):
     """Mean and variance of q(z | x, y)."""
 
-    keyed: ClassVar[bool] = False
+    formats: ClassVar[tuple[str, ...]] = (".zarr", ".h5ad", ".csv", ".parquet")
 
     def widths(self, module: VAEC) -> dict[str, Width]:
         """Return ``obsm/X_rayvaec`` and ``obsm/X_rayvaec_var``, [n_cells, n_latent]."""
@@ -73,10 +79,8 @@ class Latent:
 
 
 @dataclass(frozen=True)
-class Expression:
+class Expression(Quantity):
     """Denoised expression: each gene's share of the expected counts."""
-
-    keyed: ClassVar[bool] = False
 
     def widths(self, module: VAEC) -> dict[str, Width]:
         """Return ``layers/expression``, [n_cells, n_genes]."""
@@ -88,7 +92,7 @@ class Expression:
 
 
 @dataclass(frozen=True)
-class Elbo:
+class Elbo(Quantity):
     """Evidence lower bound and reconstruction error of every cell, from the same draw of z.
 
     Parameters
@@ -99,6 +103,7 @@ class Elbo:
 
     seed: int = 0
     keyed: ClassVar[bool] = True
+    formats: ClassVar[tuple[str, ...]] = (".zarr", ".h5ad", ".csv", ".parquet")
 
     def widths(self, module: VAEC) -> dict[str, Width]:
         """Return ``obs/elbo`` and ``obs/reconstruction_error``, [n_cells]."""
@@ -111,7 +116,7 @@ class Elbo:
 
 
 @dataclass(frozen=True)
-class MarginalLL:
+class MarginalLL(Quantity):
     """Marginal log-likelihood of every cell.
 
     Parameters
@@ -123,6 +128,7 @@ class MarginalLL:
     n_samples: int
     seed: int = 0
     keyed: ClassVar[bool] = True
+    formats: ClassVar[tuple[str, ...]] = (".zarr", ".h5ad", ".csv", ".parquet")
 
     def widths(self, module: VAEC) -> dict[str, Width]:
         """Return ``obs/marginal_ll``, [n_cells]."""
@@ -134,207 +140,53 @@ class MarginalLL:
 
 
 @dataclass(frozen=True)
-class Moments:
-    """Moments over posterior-predictive draws that are not kept.
+class Moments(Quantity):
+    """Moments and quantiles over posterior-predictive draws that are not kept.
 
     Parameters
     ----------
     n_samples, seed : int
         Draws a cell, and the seed of all of them.
     reduce : tuple of str
-        Which of `REDUCTIONS` to keep; ``var`` divides by n_samples, as `numpy.var` does.
+        Which moments to keep; ``var`` divides by n_samples, as `numpy.var` does.
+    quantiles : tuple of float
+        Which quantiles to keep, from 0 to 1, as `numpy.quantile` has them.
     """
 
     n_samples: int
     seed: int
     reduce: tuple[str, ...]
+    quantiles: tuple[float, ...] = ()
     keyed: ClassVar[bool] = True
+
+    def identity(self) -> dict[str, Any]:
+        """Return what distinguishes the task from others, JSON-able."""
+        identity = super().identity()
+        if not self.quantiles:
+            del identity["quantiles"]
+        return identity
 
     def widths(self, module: VAEC) -> dict[str, Width]:
-        """Return one layer a reduction, [n_cells, n_genes]."""
+        """Return one layer a moment and quantile, [n_cells, n_genes]."""
         width = Width((module.config.n_input,), "float32")
-        return {f"layers/{name}": width for name in self.reduce}
+        names = column_names(self.reduce, self.quantiles)
+        return {f"layers/{name}": width for name in names}
 
     def values(self, module: VAEC, cells: Cells) -> dict[str, NDArray[Any]]:
-        """Return the moments of each cell's draws."""
+        """Return the moments and quantiles of each cell's draws."""
         shape = (len(cells), module.config.n_input)
         rows = {path: np.empty(shape, width.dtype) for path, width in self.widths(module).items()}
+        # Sums of a region at once would take gigabytes.
         for start in range(0, len(cells), _CELLS_OF_SUMS):
             part = cells.part(start, min(start + _CELLS_OF_SUMS, len(cells)))
-            for name, moment in self._moments(module, part).items():
-                rows[f"layers/{name}"][start : start + len(part)] = moment
+            found: DrawMoments | None = None
+            for window in drawn_windows(module, part, self.n_samples, self.seed):
+                if found is None or window.first == 0:
+                    n_cells = window.stop - window.start
+                    found = DrawMoments(n_cells, shape[1], self.reduce, self.quantiles)
+                found.add(window.drawn, window.n_samples)
+                if found.n_samples == self.n_samples:
+                    here = slice(start + window.start, start + window.stop)
+                    for name, values in found.columns().items():
+                        rows[f"layers/{name}"][here] = values
         return rows
-
-    def _moments(self, module: VAEC, cells: Cells) -> dict[str, NDArray[np.float64]]:
-        shape = (len(cells), module.config.n_input)
-        sums, squares, nonzero = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-        for window in _drawn_windows(module, cells, self.n_samples, self.seed):
-            block = slice(window.start, window.stop)
-            _add(*window.drawn, window.n_samples, sums[block], squares[block], nonzero[block])
-        mean = sums / self.n_samples
-        moments = {
-            "mean": mean,
-            "var": np.maximum(squares / self.n_samples - mean**2, 0),
-            "zero_fraction": 1 - nonzero / self.n_samples,
-        }
-        return {name: moments[name] for name in self.reduce}
-
-
-@dataclass(frozen=True)
-class Draws:
-    """Posterior-predictive draws, each a sparse layer ``sample_<i>``.
-
-    Parameters
-    ----------
-    n_samples, seed : int
-        Draws a cell, and the seed of all of them.
-    """
-
-    n_samples: int
-    seed: int
-    keyed: ClassVar[bool] = True
-
-
-def check_reductions(reduce: tuple[str, ...]) -> None:
-    """Refuse names that are no reductions.
-
-    Parameters
-    ----------
-    reduce : tuple of str
-        What was asked for.
-
-    Raises
-    ------
-    ConfigError
-        If a name is unknown or given twice.
-    """
-    for name in reduce:
-        if name not in REDUCTIONS:
-            raise ConfigError(
-                f"there is no reduction {name!r}", f"choose from {', '.join(REDUCTIONS)}"
-            )
-        if reduce.count(name) > 1:
-            raise ConfigError(f"the reduction {name} is given twice", "name it once")
-
-
-class SampleMajor(NamedTuple):
-    """Draws of a region, all cells of the first sample, then all of the second, and so on.
-
-    Parameters
-    ----------
-    lengths : array[n_samples, n_cells] of int32
-        Non-zeros of each row.
-    indices : array[nnz] of uint16 or uint32
-        Genes, ascending within a row.
-    counts : array[nnz] of uint8, uint16 or uint32
-        Counts, in the smallest type that holds all of them.
-    """
-
-    lengths: NDArray[np.int32]
-    indices: NDArray[Any]
-    counts: NDArray[Any]
-
-
-def draw_sample_major(module: VAEC, cells: Cells, n_samples: int, seed: int) -> SampleMajor:
-    """Draw counts for a region of cells.
-
-    Parameters
-    ----------
-    module : VAEC
-        The model, in evaluation mode.
-    cells : Cells
-        The region's cells.
-    n_samples, seed : int
-        As in `rayvaec.infer.posterior.draw`.
-
-    Returns
-    -------
-    SampleMajor
-    """
-    windows = list(_drawn_windows(module, cells, n_samples, seed))
-    lengths = np.empty((n_samples, len(cells)), np.int32)
-    for window in windows:
-        lengths[window.rows] = np.diff(window.drawn.indptr).reshape(-1, window.n_samples).T
-    ends = np.cumsum(lengths, dtype=np.int64)
-    starts = (ends - lengths.ravel()).reshape(lengths.shape)
-    largest = max((int(window.drawn.counts.max(initial=0)) for window in windows), default=0)
-    nnz = int(lengths.sum(dtype=np.int64))
-    indices = np.empty(nnz, np.min_scalar_type(module.config.n_input - 1))
-    counts = np.empty(nnz, np.min_scalar_type(largest))
-    for window in windows:
-        _scatter(*window.drawn, starts[window.rows], indices, counts)
-    return SampleMajor(lengths, indices, counts)
-
-
-class _Window(NamedTuple):
-    """Draws ``first .. last - 1`` of cells ``start .. stop - 1``; rows cell-major."""
-
-    start: int
-    stop: int
-    first: int
-    last: int
-    drawn: DrawnRows
-
-    @property
-    def n_samples(self) -> int:
-        return self.last - self.first
-
-    @property
-    def rows(self) -> tuple[slice, slice]:
-        """Where the window stands in an array [n_samples, n_cells]."""
-        return slice(self.first, self.last), slice(self.start, self.stop)
-
-
-def _drawn_windows(module: VAEC, cells: Cells, n_samples: int, seed: int) -> Iterator[_Window]:
-    """Draw a bounded number of rows at a time."""
-    width = min(n_samples, _SAMPLES_PER_CALL)
-    step = _ROWS_PER_CALL // width
-    for start in range(0, len(cells), step):
-        stop = min(start + step, len(cells))
-        part = cells.part(start, stop)
-        for first in range(0, n_samples, width):
-            last = min(first + width, n_samples)
-            drawn = posterior.draw(module, part, last - first, seed, first_sample=first)
-            yield _Window(start, stop, first, last, drawn)
-
-
-@compiled
-def _scatter(
-    indptr: NDArray[Any],
-    indices: NDArray[Any],
-    counts: NDArray[Any],
-    starts: NDArray[Any],
-    out_indices: NDArray[Any],
-    out_counts: NDArray[Any],
-) -> None:
-    """Copy cell-major rows to where their sample and cell begin in the output."""
-    n_samples, n_cells = starts.shape
-    for cell in range(n_cells):
-        for sample in range(n_samples):
-            row = cell * n_samples + sample
-            to = starts[sample, cell]
-            for entry in range(indptr[row], indptr[row + 1]):
-                out_indices[to] = indices[entry]
-                out_counts[to] = counts[entry]
-                to += 1
-
-
-@compiled
-def _add(
-    indptr: NDArray[Any],
-    indices: NDArray[Any],
-    counts: NDArray[Any],
-    n_samples: int,
-    sums: NDArray[Any],
-    squares: NDArray[Any],
-    nonzero: NDArray[Any],
-) -> None:
-    """Add cell-major rows of draws to their cell's sums."""
-    for row in range(len(indptr) - 1):
-        cell = row // n_samples
-        for entry in range(indptr[row], indptr[row + 1]):
-            gene = indices[entry]
-            count = np.float64(counts[entry])
-            sums[cell, gene] += count
-            squares[cell, gene] += count * count
-            nonzero[cell, gene] += 1.0

@@ -6,23 +6,26 @@ was done first.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rayvaec.data.registry import Registry
 from rayvaec.data.store import Rows
+from rayvaec.files import open_whole, remove
 from rayvaec.infer import posterior, vamp
+from rayvaec.infer.actors import Crew
+from rayvaec.infer.bulk_job import Job
 from rayvaec.infer.cells import Cells
 from rayvaec.infer.contrasts import Contrast, compare_all
 from rayvaec.infer.differential import Comparison
+from rayvaec.infer.formats import write_table
 from rayvaec.infer.output import write_means
 from rayvaec.infer.populations import Populations, merge, summarise
+from rayvaec.infer.regions import RegionWorker, Task
 from rayvaec.model.vaec import VAEC
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -30,20 +33,7 @@ Arrays = Mapping[str, NDArray[Any]]
 _CELLS_AT_ONCE = 1024
 
 
-class Names(NamedTuple):
-    """Whose cells and genes they are.
-
-    Parameters
-    ----------
-    store, model : Registry
-        Labels and batches of the store, and genes and labels of the model.
-    """
-
-    store: Registry
-    model: Registry
-
-
-class Reduction(ABC):
+class Reduction(Task):
     """A result whose size does not depend on the number of cells."""
 
     keyed: ClassVar[bool] = False
@@ -54,13 +44,35 @@ class Reduction(ABC):
         """Return what is kept of a region: of its cells, and of what the store says of them."""
 
     @abstractmethod
-    def write(self, module: VAEC, parts: Iterator[Arrays], names: Names, path: Path) -> None:
+    def write(self, job: Job, parts: Iterator[Arrays]) -> None:
         """Write the result of all parts, which come in the order of the regions."""
+
+    def region(self, worker: RegionWorker, number: int) -> dict[str, Any]:
+        """Keep a region's part; return an empty record."""
+        region = worker.region(number)
+        model, store_cells = worker.models[0]
+        rows, _, cells = store_cells.read(region.start, region.stop, keyed=self.keyed)
+        part = self.part(model.module, cells, rows)
+        with open_whole(worker.part(f"{number}.npz")) as file:
+            np.savez(file, allow_pickle=False, **part)
+        return {}
+
+    def finish(self, job: Job, crew: Crew, records: dict[int, Any]) -> None:
+        """Write the result."""
+        for path in (job.state.output, job.state.result):
+            remove(path)  # what an earlier run may have begun
+        self.write(job, self._parts(job))
+
+    @staticmethod
+    def _parts(job: Job) -> Iterator[Arrays]:
+        for number in range(len(job.regions)):
+            with np.load(job.state.parts / f"{number}.npz", allow_pickle=False) as part:
+                yield dict(part)
 
 
 @dataclass(frozen=True)
 class LabelMeans(Reduction):
-    """Denoised expression averaged over the cells of every label, as AnnData in Zarr.
+    """Denoised expression averaged over the cells of every label, as an AnnData.
 
     Parameters
     ----------
@@ -69,6 +81,7 @@ class LabelMeans(Reduction):
     """
 
     n_labels: int
+    formats: ClassVar[tuple[str, ...]] = (".zarr", ".h5ad", ".csv", ".parquet")
 
     def part(self, module: VAEC, cells: Cells, rows: Rows) -> Arrays:
         """Return number of cells and sums of expression by the store's labels."""
@@ -81,7 +94,7 @@ class LabelMeans(Reduction):
                 sums[label] += expression[labels == label].sum(0, dtype=np.float64)
         return {"n_cells": np.bincount(rows.labels, minlength=self.n_labels), "sums": sums}
 
-    def write(self, module: VAEC, parts: Iterator[Arrays], names: Names, path: Path) -> None:
+    def write(self, job: Job, parts: Iterator[Arrays]) -> None:
         """Write X, [n_labels with cells, n_genes], and ``obs["n_cells"]``."""
         n_cells: Any = 0
         sums: Any = 0
@@ -89,8 +102,9 @@ class LabelMeans(Reduction):
             n_cells, sums = n_cells + part["n_cells"], sums + part["sums"]
         present = n_cells > 0
         mean = (sums[present] / n_cells[present, None]).astype(np.float32)
-        labels = [name for name, here in zip(names.store.labels, present, strict=True) if here]
-        write_means(path, labels, names.model.genes, n_cells[present], mean)
+        own, genes = job.inputs.store.registry.labels, job.inputs.model.registry.genes
+        labels = [name for name, here in zip(own, present, strict=True) if here]
+        write_means(job.state.output, labels, genes, n_cells[present], mean)
 
 
 @dataclass(frozen=True)
@@ -105,22 +119,24 @@ class VampPrior(Reduction):
 
     p: int
     seed: int
+    formats: ClassVar[tuple[str, ...]] = (".npz",)
 
     def part(self, module: VAEC, cells: Cells, rows: Rows) -> Arrays:
         """Return the cells' posteriors."""
         return vamp.points_of(module, cells)._asdict()
 
-    def write(self, module: VAEC, parts: Iterator[Arrays], names: Names, path: Path) -> None:
+    def write(self, job: Job, parts: Iterator[Arrays]) -> None:
         """Write what `TrainedModel.get_vamp_prior` returns, and ``labels``, its first axis."""
         points = vamp.gathered(vamp.Points(**part) for part in parts)
-        prior = vamp.prior_of(points, names.model.n_labels, self.p, self.seed)
-        with path.open("wb") as file:
-            np.savez(file, allow_pickle=False, labels=np.array(names.model.labels), **prior)
+        registry = job.inputs.model.registry
+        prior = vamp.prior_of(points, registry.n_labels, self.p, self.seed)
+        with job.state.result.open("wb") as file:
+            np.savez(file, allow_pickle=False, labels=np.array(registry.labels), **prior)
 
 
 @dataclass(frozen=True)
 class DifferentialExpression(Reduction):
-    """Comparisons of groups of cells, as CSV.
+    """Comparisons of groups of cells, as a table.
 
     Parameters
     ----------
@@ -142,6 +158,7 @@ class DifferentialExpression(Reduction):
     contrasts: tuple[Contrast, ...]
     how: Comparison
     keyed: ClassVar[bool] = True
+    formats: ClassVar[tuple[str, ...]] = (".csv", ".parquet")
 
     def part(self, module: VAEC, cells: Cells, rows: Rows) -> Arrays:
         """Return the region's summary of the groups."""
@@ -151,10 +168,11 @@ class DifferentialExpression(Reduction):
         n_groups, how = len(self.groups), self.how
         return summarise(module, cells, groups, n_groups, how.n_samples, how.seed)._asdict()
 
-    def write(self, module: VAEC, parts: Iterator[Arrays], names: Names, path: Path) -> None:
+    def write(self, job: Job, parts: Iterator[Arrays]) -> None:
         """Write the table, a row a gene and comparison."""
         populations = merge((Populations(**part) for part in parts), self.how.n_samples)
+        model = job.inputs.model
         table = compare_all(
-            *(module, names.model.genes, populations, self.names, self.contrasts, self.how)
+            model.module, model.registry.genes, populations, self.names, self.contrasts, self.how
         )
-        table.to_csv(path, index_label="gene")
+        write_table(job.state.result, table.rename_axis("gene"))

@@ -1,23 +1,68 @@
-"""The worker of bulk inference: computes regions of cells and writes them to the output."""
+"""Tasks of bulk work, which compute something of every region of cells, and their workers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import zarr
-from numpy.typing import NDArray
 
 from rayvaec.data.store import Store, open_store
 from rayvaec.errors import RayvaecError
-from rayvaec.infer.output import write_obs, write_pointers, write_values
-from rayvaec.infer.quantities import Draws, Quantity, draw_sample_major
-from rayvaec.infer.reductions import Reduction
+from rayvaec.infer.actors import Crew
+from rayvaec.infer.bulk_job import Inputs, Job, Region, Regions
 from rayvaec.infer.store_cells import StoreCells
 from rayvaec.infer.trained import TrainedModel, load_model
+
+REGION_BYTES = 64 * 2**20
+MIN_REGION, MAX_REGION = 64, 16384
+
+BYTES_PER_VALUE = 16
+"""An index and a count: as stored or drawn, and as kept."""
+
+
+class Task(ABC):
+    """Something to compute of every region of a store.
+
+    Workers get the task pickled, and may run every method they have a part in more than once.
+    """
+
+    formats: ClassVar[tuple[str, ...]]
+    """Suffixes that the output may have; none for a folder."""
+
+    as_stored: ClassVar[bool] = True
+    """Whether rows are in the order in which they lie; else validation cells come last."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what distinguishes the task from others, JSON-able."""
+        return {"quantity": type(self).__name__.lower(), **asdict(cast(Any, self))}
+
+    def bytes_per_cell(self, model: TrainedModel, nnz: float) -> float:
+        """Return what a cell's result takes beside its counts, of which `nnz` are stored."""
+        return 0.0
+
+    def regions(self, inputs: Inputs) -> Regions:
+        """Cut the cells so that a region takes about REGION_BYTES: a power of two of them."""
+        store = inputs.store
+        nnz = store.manifest.nnz / max(store.n_cells, 1)
+        a_cell = nnz * BYTES_PER_VALUE + self.bytes_per_cell(inputs.model, nnz)
+        rows = 2 ** int(np.log2(max(REGION_BYTES / max(a_cell, 1), 1)))
+        return Regions(range(store.n_cells), int(np.clip(rows, MIN_REGION, MAX_REGION)))
+
+    def begin(self, job: Job) -> None:  # noqa: B027
+        """Create the output that workers fill, where they do."""
+
+    @abstractmethod
+    def region(self, worker: RegionWorker, number: int) -> dict[str, Any]:
+        """Compute one region in a worker; return a JSON-able record of it."""
+
+    @abstractmethod
+    def finish(self, job: Job, crew: Crew, records: dict[int, Any]) -> Any:
+        """Make the output of all regions and return the result, if it has one."""
 
 
 @dataclass(frozen=True)
@@ -26,33 +71,32 @@ class Work:
 
     Parameters
     ----------
-    model, store : str
-        Absolute path; absolute path, URL or what `Store.share` returned.
-    model_hash, store_hash : str
-        What must lie there.
-    quantity : Quantity, Draws or Reduction
+    models : tuple of (str, str)
+        Absolute path of each model, and the hash of what must lie there.
+    store, store_hash : str
+        What `Store.share` returned, and the hash of what must lie there.
+    task : Task
         What to compute.
+    regions : Regions
+        How the cells are cut.
     output, parts : str
-        Absolute paths of the AnnData to fill and of the folder for drawn parts.
-    region : int
-        Cells of a region.
+        Absolute paths of the AnnData to fill and of the folder for parts of regions.
     device : str
-        Where the model computes.
+        Where the models compute.
     """
 
-    model: str
+    models: tuple[tuple[str, str], ...]
     store: str
-    model_hash: str
     store_hash: str
-    quantity: Quantity | Draws | Reduction
+    task: Task
+    regions: Regions
     output: str
     parts: str
-    region: int
     device: str = "cpu"
 
 
 class RegionWorker:
-    """Computes regions and writes them; every method may be repeated.
+    """Calls the task's methods in a process of its own; every call may be repeated.
 
     Parameters
     ----------
@@ -61,118 +105,64 @@ class RegionWorker:
     """
 
     def __init__(self, work: Work) -> None:
-        self._work = work
+        self.work = work
+
+    def call(self, method: str, *arguments: Any) -> dict[str, Any]:
+        """Call a method of the task with this worker and some arguments.
+
+        Parameters
+        ----------
+        method : str
+            Its name.
+        *arguments
+            JSON-able, or an array.
+
+        Returns
+        -------
+        dict
+            The JSON-able record that the task returned.
+        """
+        return getattr(self.work.task, method)(self, *arguments)
 
     # Opened at first use: what a task raises reaches the command as it is, what a constructor
     # raises only as the death of the actor.
 
     @cached_property
-    def _model(self) -> TrainedModel:
-        model = load_model(self._work.model, self._work.device)
-        self._check("model", self._work.model, model.hash, self._work.model_hash)
-        return model
+    def models(self) -> list[tuple[TrainedModel, StoreCells]]:
+        """The models, and the store's cells as each of them sees these."""
+        opened = []
+        for path, expected in self.work.models:
+            model = load_model(path, self.work.device)
+            _check_same("model", path, model.hash, expected)
+            opened.append((model, StoreCells(self.store, model.registry)))
+        return opened
 
     @cached_property
-    def _store(self) -> Store:
-        store = open_store(self._work.store).as_stored()
-        self._check("store", self._work.store, store.hash, self._work.store_hash)
+    def store(self) -> Store:
+        """The store."""
+        store = open_store(self.work.store)
+        if self.work.task.as_stored:
+            store = store.as_stored()
+        _check_same("store", self.work.store, store.hash, self.work.store_hash)
         return store
 
     @cached_property
-    def _cells(self) -> StoreCells:
-        return StoreCells(self._store, self._model.registry)
+    def root(self) -> zarr.Group:
+        """The AnnData to fill."""
+        return zarr.open_group(self.work.output, mode="r+", use_consolidated=False)
 
-    @cached_property
-    def _root(self) -> zarr.Group:
-        return zarr.open_group(self._work.output, mode="r+", use_consolidated=False)
+    def region(self, number: int) -> Region:
+        """Return a region by its number."""
+        return self.work.regions[number]
 
-    @staticmethod
-    def _check(what: str, path: str, found: str, expected: str) -> None:
-        if found != expected:
-            raise RayvaecError(
-                f"a worker finds another {what} at {path} than the command does",
-                "put it where every node of the cluster sees it, and leave it alone meanwhile",
-            )
-
-    def region(self, number: int) -> dict[str, Any]:
-        """Compute one region.
-
-        Parameters
-        ----------
-        number : int
-            Which one.
-
-        Returns
-        -------
-        dict
-            Of draws, the number of stored values in each layer (``nnz``); empty otherwise.
-        """
-        start = number * self._work.region
-        stop = min(start + self._work.region, self._store.n_cells)
-        quantity = self._work.quantity
-        rows, names, cells = self._cells.read(start, stop, keyed=quantity.keyed)
-        if isinstance(quantity, Reduction):
-            part = quantity.part(self._model.module, cells, rows)
-            np.savez(part_path(self._work.parts, number), allow_pickle=False, **part)
-            return {}
-        write_obs(self._root, self._store.registry, start, names, rows.labels, rows.batches)
-        if not isinstance(quantity, Draws):
-            for path, values in quantity.values(self._model.module, cells).items():
-                self._root[path][start:stop] = values  # type: ignore[index]
-            return {}
-        drawn = draw_sample_major(self._model.module, cells, quantity.n_samples, quantity.seed)
-        for name, array in drawn._asdict().items():
-            np.save(_part(self._work.parts, number, name), array)
-        return {"nnz": drawn.lengths.sum(axis=1, dtype=np.int64).tolist()}
-
-    def values(self, sample: int, span: tuple[int, int], nnz: NDArray[np.int64]) -> dict[str, Any]:
-        """Write one file each of a layer's genes and counts.
-
-        Parameters
-        ----------
-        sample : int
-            Which layer.
-        span : (int, int)
-            First and one-past-last stored value.
-        nnz : array[n_regions, n_samples] of int64
-            Stored values of every region in every layer.
-
-        Returns
-        -------
-        dict
-            Empty.
-        """
-        before = nnz[:, :sample].sum(axis=1)
-
-        def read(region: int, first: int, last: int) -> tuple[NDArray[Any], NDArray[Any]]:
-            rows = slice(int(before[region]) + first, int(before[region]) + last)
-            indices = np.load(_part(self._work.parts, region, "indices"), mmap_mode="r")
-            counts = np.load(_part(self._work.parts, region, "counts"), mmap_mode="r")
-            return indices[rows], counts[rows]
-
-        write_values(self._root, f"sample_{sample}", span, np.cumsum(nnz[:, sample]), read)
-        return {}
-
-    def pointers(
-        self, sample: int, span: tuple[int, int], nnz: NDArray[np.int64]
-    ) -> dict[str, Any]:
-        """Write one file of a layer's row pointers; parameters as in `values`."""
-        start, stop = span
-        region = self._work.region
-        lengths = [
-            np.load(_part(self._work.parts, number, "lengths"), mmap_mode="r")[sample]
-            for number in range(start // region, -(-(stop - 1) // region))
-        ]
-        first = int(nnz[: start // region, sample].sum())
-        joined = np.concatenate([np.zeros(0, np.int32), *lengths])[: stop - start - 1]
-        write_pointers(self._root, f"sample_{sample}", span, first, joined)
-        return {}
+    def part(self, name: str) -> Path:
+        """Return where a part of a region is kept."""
+        return Path(self.work.parts) / name
 
 
-def part_path(parts: str | Path, region: int) -> Path:
-    """Return where a region's part of a reduction stands."""
-    return Path(parts) / f"{region}.npz"
-
-
-def _part(parts: str, region: int, name: str) -> Path:
-    return Path(parts) / f"{region}.{name}.npy"
+def _check_same(what: str, path: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise RayvaecError(
+            f"a worker finds another {what} at {path} than the command does",
+            "put it where every node of the cluster sees it, and leave it alone meanwhile",
+        )

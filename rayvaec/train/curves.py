@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayvaec.data.names import printable
 from rayvaec.files import whole_output
 from rayvaec.train.metrics import read_attempts, read_records
 from rayvaec.train.workers import workers_text
@@ -56,7 +57,8 @@ def draw_curves(run: Path) -> Path | None:
     speed.set_xlim(0, epochs[-1]["epoch"] * 1.02)
     last = epochs[-1]
     took = f"{last['epoch']} epochs, {last['step']:,} steps, {last['time']:,.0f} s"
-    figure.suptitle(f"{run.resolve().name}: {took}", fontsize=11)
+    title = f"{printable(run.resolve().name)}: {took}"
+    figure.suptitle(title, fontsize=11, parse_math=False)
     with whole_output(run / CURVES, overwrite=True) as partial:
         figure.savefig(partial, format="png", dpi=120)
     return run / CURVES

@@ -17,7 +17,7 @@ from rayvaec.data.inputs.obs import ObsKeys
 from rayvaec.data.lock import WriteLock
 from rayvaec.data.store import DESCRIPTION, Store, open_store
 from rayvaec.errors import ConfigError, RayvaecError, StoreError
-from rayvaec.files import remove
+from rayvaec.files import check_suffix, remove
 from rayvaec.location import Location, Url, location
 from rayvaec.runtime import check_job_paths, check_seen, ray_session, starts_ray
 from rayvaec.train import run as folder
@@ -125,6 +125,8 @@ def train(
     out = Path(out).absolute()
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other", "give one of them")
+    if not resume:
+        check_suffix(out)
     with WriteLock(out):
         keys = (labels_key, batch_key, layer)
         summary, started_at = _train(where, out, config, keys, resume, overwrite)

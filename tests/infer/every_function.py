@@ -33,7 +33,6 @@ from rayvaec.infer.contrasts import Contrast
 from rayvaec.infer.differential import Comparison
 from rayvaec.infer.normalized import Wanted
 from rayvaec.infer.populations import Populations, pooled, summarise
-from rayvaec.infer.reductions import Names
 from rayvaec.infer.trained import TrainedModel
 from rayvaec.model.inputs import CellTensors
 from rayvaec.model.saved import SavedModel
@@ -121,7 +120,6 @@ class World:
             "AnnData": lambda: self.adata,
             "Wanted": lambda: Wanted(n_samples=2, seed=1, average=False),
             "Comparison": lambda: Comparison(n_samples=8),
-            "Names": lambda: Names(self.registry, self.registry),
             "Block": lambda: next(posterior.blocks(self.module, self.cells)),
             "Panel": lambda: self._panel,
             "Tally": lambda: Tally.empty(N_GENES, N_LABELS, 5, self._panel),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rayvaec.data.build import PrepareConfig, prepare
 from rayvaec.data.simulate import simulate
 from rayvaec.data.store import open_store
 from rayvaec.errors import ConfigError, CountsError, ModelError, RayvaecError, StoreError
-from rayvaec.infer import bulk, bulk_run, regions
+from rayvaec.infer import bulk, bulk_run, formats, regions
 from rayvaec.infer.differential import Comparison
 from rayvaec.infer.trained import TrainedModel, load_model
 from rayvaec.model.saved import save_model
@@ -28,7 +29,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local", "small_regio
 
 def _make_regions_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several regions, and several files a layer, in a store of 1,200 cells."""
-    monkeypatch.setattr(bulk_run, "MAX_REGION", 256)
+    monkeypatch.setattr(regions, "MAX_REGION", 256)
     monkeypatch.setattr("rayvaec.infer.output.VALUES_PER_CHUNK", 512)
     monkeypatch.setattr("rayvaec.infer.output.CHUNKS_PER_SHARD", 4)
     monkeypatch.setattr("rayvaec.infer.output.REGIONS_PER_POINTER_SHARD", 2)
@@ -101,15 +102,15 @@ def test_draws_are_those_of_the_model_in_memory(
 def test_many_samples_are_drawn_in_windows(
     model_path: Path, store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rayvaec.infer import quantities
+    from rayvaec.infer import draw_layers, moments
 
     module = load_model(model_path).module
     cells = regions.StoreCells(open_store(store_path), load_model(model_path).registry)
     _, _, some = cells.read(0, 70)
-    whole = quantities.draw_sample_major(module, some, 7, seed=1)
-    monkeypatch.setattr(quantities, "_SAMPLES_PER_CALL", 3)
-    monkeypatch.setattr(quantities, "_ROWS_PER_CALL", 64)
-    windows = quantities.draw_sample_major(module, some, 7, seed=1)
+    whole = draw_layers.draw_sample_major(module, some, 7, seed=1)
+    monkeypatch.setattr(moments, "_SAMPLES_PER_CALL", 3)
+    monkeypatch.setattr(moments, "_ROWS_PER_CALL", 64)
+    windows = draw_layers.draw_sample_major(module, some, 7, seed=1)
     for left, right in zip(whole, windows, strict=True):
         np.testing.assert_array_equal(left, right)
 
@@ -132,6 +133,118 @@ def test_reductions_are_moments_of_the_draws(
     np.testing.assert_allclose(found.layers["mean"], draws.mean(2), rtol=1e-6)
     np.testing.assert_allclose(found.layers["var"], draws.var(2), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found.layers["zero_fraction"], (draws == 0).mean(2), rtol=1e-6)
+
+
+@pytest.mark.usefixtures("lasting")
+def test_quantiles_are_those_of_the_draws(
+    model_path: Path,
+    store_path: Path,
+    model: TrainedModel,
+    in_memory: anndata.AnnData,
+    tmp_path: Path,
+) -> None:
+    out, quantiles = tmp_path / "out.zarr", (0.05, 0.5, 1.0)
+    how = {"reduce": ("mean", "quantiles"), "quantiles": quantiles}
+    bulk.sample_store(model_path, store_path, out, 6, seed=2, num_workers=2, **how)
+    found = anndata.read_zarr(out)
+    assert set(found.layers) == {"mean", "quantile_0.05", "quantile_0.5", "quantile_1.0"}
+    draws = np.asarray(model.sample(in_memory, 6, seed=2))
+    np.testing.assert_allclose(found.layers["mean"], draws.mean(2), rtol=1e-6)
+    for quantile in quantiles:
+        expected = np.quantile(draws, quantile, axis=2)
+        np.testing.assert_allclose(found.layers[f"quantile_{quantile}"], expected, rtol=1e-6)
+
+
+def _read(path: Path) -> Any:
+    readers = {
+        ".zarr": anndata.read_zarr,
+        ".h5ad": anndata.read_h5ad,
+        ".csv": lambda path: pd.read_csv(path, index_col=0),
+        ".parquet": pd.read_parquet,
+    }
+    return readers[path.suffix](path)
+
+
+def _same_anndata(found: anndata.AnnData, expected: anndata.AnnData) -> None:
+    pd.testing.assert_frame_equal(found.obs, expected.obs)
+    pd.testing.assert_frame_equal(found.var, expected.var)
+    assert found.uns == expected.uns
+    for name in ("layers", "obsm"):
+        one, other = getattr(found, name), getattr(expected, name)
+        assert set(one) == set(other)
+        for key in one:
+            left, right = one[key], other[key]
+            assert (type(left), left.dtype) == (type(right), right.dtype)
+            if sp.issparse(left):
+                left.check_format(full_check=True)
+                left, right = left.toarray(), right.toarray()
+            np.testing.assert_array_equal(left, right)
+    assert (found.X is None) == (expected.X is None)
+    if found.X is not None:
+        np.testing.assert_array_equal(found.X, expected.X)
+
+
+def _same_columns(table: pd.DataFrame, adata: anndata.AnnData) -> None:
+    """Assert that a table has the columns of an AnnData, and no others."""
+    assert list(table.index.astype(str)) == list(adata.obs_names)
+    assert table.index.name == "cell"
+    expected = {name: adata.obs[name].to_numpy() for name in adata.obs}
+    for name, matrix in sorted(adata.obsm.items()):
+        expected |= {f"{name}_{i}": column for i, column in enumerate(matrix.T)}
+    if adata.X is not None:
+        expected |= dict(zip(adata.var_names, adata.X.T, strict=True))
+    assert list(table) == list(expected)
+    for name, values in expected.items():
+        if values.dtype.kind == "f":
+            np.testing.assert_allclose(table[name], values, rtol=1e-6)
+        else:
+            assert list(table[name]) == list(values)
+
+
+VERBS: dict[str, Callable[..., None]] = {
+    "sample": lambda *paths: bulk.sample_store(*paths, 2),
+    "moments": lambda *paths: bulk.sample_store(*paths, 2, reduce=("mean",)),
+    "embed": bulk.embed_store,
+    "expression": bulk.expression_store,
+    "means": lambda *paths: bulk.expression_store(*paths, by_label=True),
+    "elbo": bulk.elbo_store,
+}
+
+
+@pytest.mark.usefixtures("lasting")
+@pytest.mark.parametrize(
+    ("verb", "suffixes"),
+    [
+        ("sample", (".h5ad",)),
+        ("moments", (".h5ad",)),
+        ("embed", (".h5ad", ".csv", ".parquet")),
+        ("expression", (".h5ad",)),
+        ("means", (".h5ad", ".csv", ".parquet")),
+        ("elbo", (".h5ad", ".csv", ".parquet")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_format_holds_the_same(
+    verb: str,
+    suffixes: tuple[str, ...],
+    model_path: Path,
+    store_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(formats, "_ROWS", 500)  # several pieces
+    monkeypatch.setattr(formats, "_PIECE_BYTES", 2**14)
+    VERBS[verb](model_path, store_path, tmp_path / "out.zarr")
+    expected = _read(tmp_path / "out.zarr")
+    for suffix in suffixes:
+        path = tmp_path / f"out{suffix}"
+        VERBS[verb](model_path, store_path, path)
+        found = _read(path)
+        if suffix == ".h5ad":
+            _same_anndata(found, expected)
+        else:
+            _same_columns(found, expected)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".zarr", *suffixes}
 
 
 @pytest.mark.usefixtures("lasting")
@@ -209,6 +322,10 @@ def test_comparisons_are_those_of_the_model_in_memory(
     groups = {"group1": model.registry.labels[2], "group2": model.registry.labels[1]}
     how, out = Comparison(n_samples=300, seed=4), tmp_path / "de.csv"
     bulk.differential_expression_store(model_path, store_path, out, how=how, **groups)
+    parquet = tmp_path / "de.parquet"
+    bulk.differential_expression_store(model_path, store_path, parquet, how=how, **groups)
+    table = pd.read_csv(out, index_col="gene")
+    pd.testing.assert_frame_equal(pd.read_parquet(parquet), table, check_dtype=False)
     options = {"n_samples_overall": 300, "seed": 4, **groups}
     _same_table(out, model.differential_expression(in_memory, **options))
 
@@ -216,17 +333,15 @@ def test_comparisons_are_those_of_the_model_in_memory(
 class _DiesOnce(regions.RegionWorker):
     """Kills its own process in the middle of a region and in the middle of a layer, once each."""
 
-    def region(self, number: int) -> dict:
-        record = super().region(number)
-        self._die_once("region", number == 1)
+    def call(self, method: str, *arguments: Any) -> dict[str, Any]:
+        if method == "values":
+            self._die_once("values", arguments[1][0] > 0)
+        record = super().call(method, *arguments)
+        self._die_once("region", method == "region" and arguments[0] == 1)
         return record
 
-    def values(self, sample: int, span: tuple[int, int], nnz: np.ndarray) -> dict:
-        self._die_once("values", span[0] > 0)
-        return super().values(sample, span, nnz)
-
     def _die_once(self, what: str, now: bool) -> None:
-        mark = Path(self._work.parts).parents[1] / f"died in {what}"
+        mark = Path(self.work.parts).parents[2] / f"died in {what}"
         if now and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -282,12 +397,13 @@ class _FailsAt(regions.RegionWorker):
 
     error = OSError(28, "No space left on device")
 
-    def region(self, number: int) -> dict:
-        parts = Path(self._work.parts)
-        if number == 3 and not (parts.parents[1] / "mended").exists():
-            raise self.error
-        (parts.parents[1] / f"computed {number}").touch()
-        return super().region(number)
+    def call(self, method: str, *arguments: Any) -> dict[str, Any]:
+        folder = Path(self.work.parts).parents[2]
+        if method == "region":
+            if arguments[0] == 3 and not (folder / "mended").exists():
+                raise self.error
+            (folder / f"computed {arguments[0]}").touch()
+        return super().call(method, *arguments)
 
 
 @pytest.mark.usefixtures("lasting")
@@ -309,8 +425,10 @@ def test_a_rerun_does_what_is_missing(
     assert finished == {"computed 0", "computed 1", "computed 2", "computed 4"}
     for path in computed:
         path.unlink()
+    with pytest.raises(StoreError, match=r"out.zarr.partial holds .*: seed was 5 and is 6; give"):
+        bulk.sample_store(model_path, store_path, out, 3, seed=6)
     (tmp_path / "mended").touch()
-    bulk.sample_store(model_path, store_path, out, 3, seed=5)
+    bulk.sample_store(model_path, store_path, out, 3, seed=5, num_workers=2)
     again = {path.name for path in tmp_path.glob("computed *")}
     assert again == {"computed 3"}
     assert _files(out) == _files(undisturbed)
@@ -428,6 +546,9 @@ def test_batches_go_with_the_cells(tmp_path: Path) -> None:
         ({"n_samples": 1, "seed": -1}, "seed=-1"),
         ({"n_samples": 1, "reduce": ("median",)}, r"'median'; choose from mean, var"),
         ({"n_samples": 1, "reduce": ("mean", "mean")}, "given twice"),
+        ({"n_samples": 1, "reduce": ("quantiles",)}, "nothing says which quantiles"),
+        ({"n_samples": 1, "quantiles": (0.5,)}, "add quantiles to reduce"),
+        ({"n_samples": 1, "reduce": ("quantiles",), "quantiles": (1.5,)}, "no quantile 1.5"),
         ({"n_samples": 1, "num_workers": 0}, "num_workers=0"),
         ({"n_samples": 1, "num_workers": 99}, "99 workers need 99 CPUs and Ray has 2"),
         ({"n_samples": 1, "use_gpu": True}, "1 worker needs 1 GPU"),
@@ -456,9 +577,9 @@ def test_a_store_that_changed_meanwhile_is_noticed(
     model_path: Path, store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Other(regions.RegionWorker):
-        def region(self, number: int) -> dict:
-            object.__setattr__(self._work, "store_hash", "0" * 64)
-            return super().region(number)
+        def call(self, method: str, *arguments: Any) -> dict[str, Any]:
+            object.__setattr__(self.work, "store_hash", "0" * 64)
+            return super().call(method, *arguments)
 
     monkeypatch.setattr(bulk_run, "RegionWorker", Other)
     copy = tmp_path / "store"

@@ -22,12 +22,13 @@ from rayvaec.data.build import PrepareConfig, prepare
 from rayvaec.data.simulate import simulate
 from rayvaec.data.store import open_store
 from rayvaec.errors import ConfigError, ModelError, RayvaecError, StoreError
-from rayvaec.infer.check import page, run
+from rayvaec.infer import bulk_run
+from rayvaec.infer.check import page
 from rayvaec.infer.check.config import CheckConfig
 from rayvaec.infer.check.figures import FIGURES
 from rayvaec.infer.check.plots import Picture
 from rayvaec.infer.check.run import check_store
-from rayvaec.infer.check.worker import CheckWorker
+from rayvaec.infer.regions import RegionWorker
 from rayvaec.infer.trained import load_model
 from rayvaec.model.saved import save_model
 from rayvaec.model.vaec import VAEC
@@ -72,7 +73,7 @@ def undisturbed(said: tuple[Said, Path]) -> Path:
 @pytest.fixture
 def lasting(lasting_actors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Use the processes of the tests before."""
-    monkeypatch.setattr(run, "actors", lasting_actors)
+    monkeypatch.setattr(bulk_run, "actors", lasting_actors)
 
 
 @pytest.fixture
@@ -175,13 +176,14 @@ def test_the_page_needs_nothing_else(undisturbed: Path) -> None:
 def test_names_cannot_break_the_page(undisturbed: Path) -> None:
     report = _report(undisturbed)
     (model,) = report["models"]
-    bad = "<script>alert(1)</script> $x$"
+    bad = "<script>alert(1)</script> $x$ \x00\x07\u202e\ud800"
     model["labels"][0]["label"] = bad
     model["genes"]["names"][0] = bad
     model["genes"]["worst"]["mean"] = [bad]
     html = page.render_page(report)
     assert "<script" not in html
     assert "&lt;script&gt;" in html
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\ud800]", html)
 
 
 def _save(path: Path, genes: list[str], labels: list[str], seed: int = 0) -> Path:
@@ -251,16 +253,17 @@ def test_a_store_without_held_out_cells_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("report*"))
 
 
-class _Disturbed(CheckWorker):
+class _Disturbed(RegionWorker):
     """Finds the disk full at one region until that is mended; then dies after another, once."""
 
-    def region(self, number: int) -> dict[str, Any]:
-        folder = Path(self._work.parts).parents[1]
+    def call(self, method: str, *arguments: Any) -> dict[str, Any]:
+        (number,) = arguments
+        folder = Path(self.work.parts).parents[2]
         mended, died = folder / "mended", folder / "died"
         if number == 3 and not mended.exists():
             raise OSError(errno.ENOSPC, "No space left on device")
         (folder / f"measured {number}").touch()
-        record = super().region(number)
+        record = super().call(method, number)
         if mended.exists() and number > 8 and not died.exists():
             died.touch()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -280,10 +283,10 @@ def test_full_disks_and_killed_workers_leave_no_part_of_a_report_and_count_no_ce
     lasting_actors: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(run, "CheckWorker", _Disturbed)
+    monkeypatch.setattr(bulk_run, "RegionWorker", _Disturbed)
     out = tmp_path / "report"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "actors", lasting_actors)
+        patch.setattr(bulk_run, "actors", lasting_actors)
         with pytest.raises(RayvaecError, match=r"no space .* finished regions are kept in"):
             check_store(model_path, store_path, out, FEW)
     assert not out.exists()
@@ -305,7 +308,7 @@ def test_full_disks_and_killed_workers_leave_no_part_of_a_report_and_count_no_ce
 
     # Every region is there.
     (tmp_path / "mended").unlink()
-    monkeypatch.setattr(run, "actors", lasting_actors)
+    monkeypatch.setattr(bulk_run, "actors", lasting_actors)
     check_store(model_path, store_path, out, FEW)
     _same(undisturbed, out)
     assert not (tmp_path / "report.partial").exists()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rayvaec.data.names import printable
 from rayvaec.files import remove, write_json
 from rayvaec.infer.check.plots import draw_pictures
 
@@ -57,7 +58,8 @@ def render_page(report: dict[str, Any]) -> str:
         {**model, "name": name, "pictures": draw_pictures(model)}
         for name, model in zip(names, report["models"], strict=True)
     ]
-    return environment.get_template("page.html").render(report=report, models=models)
+    page = environment.get_template("page.html").render(report=report, models=models)
+    return printable(page, keep="\n")
 
 
 def number(value: float | None, digits: int = 3) -> str:

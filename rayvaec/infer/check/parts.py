@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -38,7 +39,6 @@ from rayvaec.infer.check.tally import (
     Panel,
     Tally,
 )
-from rayvaec.infer.check.worker import Points
 
 CAUTION = 3.0
 """Standard errors that count for nothing where genes are ranked by how far off they are."""
@@ -48,6 +48,22 @@ TREND_BINS = 20
 ACTIVE = 0.01
 """Variance over cells of a latent dimension's mean, from which on it is in use (Burda et al. 2016,
 Importance weighted autoencoders)."""
+
+
+@dataclass(frozen=True)
+class Points:
+    """Some of the cells, for the latent map.
+
+    Parameters
+    ----------
+    labels : NDArray[n] of int
+        The store's label codes.
+    means : NDArray[n, n_latent]
+        Means of q(z | x, y).
+    """
+
+    labels: NDArray[Any]
+    means: NDArray[np.float32]
 
 
 def _ratio(numerator: Array, denominator: Array) -> Array:

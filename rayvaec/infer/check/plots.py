@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from rayvaec.data.names import printable
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -300,7 +302,8 @@ def _labels(axes: Axes, model: dict[str, Any]) -> str:
     axes.axvline(80, color=DRAWN, lw=1.5, ls="--")
     axes.hlines(range(len(known)), 80, covered, color=FAINT, lw=1)
     axes.plot(covered, range(len(known)), "o", color=OBSERVED, ms=6)
-    axes.set_yticks(range(len(known)), [_short(label["label"]) for label in known])
+    names = [_short(label["label"]) for label in known]
+    axes.set_yticks(range(len(known)), names, parse_math=False)
     axes.set_ylim(-0.7, max(len(known) - 0.3, 0.7))
     axes.set_xlim(min([70, *covered]) - 2, max([90, *covered]) + 2)
     axes.set_xlabel("% of counts inside the 80 % interval")
@@ -308,7 +311,7 @@ def _labels(axes: Axes, model: dict[str, Any]) -> str:
         return "No label has enough expressed genes."
     return (
         f"Coverage of the 80 % interval by label, from {min(covered):.1f} to {max(covered):.1f} %; "
-        f"furthest off is {known[-1]['label']}."
+        f"furthest off is {printable(known[-1]['label'])}."
     )
 
 
@@ -317,19 +320,19 @@ def _latent(axes: Axes, model: dict[str, Any]) -> str:
     names = [label["label"] for label in sorted(model["labels"], key=lambda x: -x["n_cells"])]
     position = np.array(latent["points"]["position"]).reshape(-1, 2)
     codes = np.array(latent["points"]["label"])
-    shown = names[: len(_CATEGORIES)]
+    shown = [_short(name) for name in names[: len(_CATEGORIES)]]
+    every = []
     for name, colour in zip(names, _colours(len(names)), strict=True):
         mine = position[codes == name]
-        label = _short(name) if name in shown else None
-        axes.plot(
+        (dots,) = axes.plot(
             *(*mine.T, "."),
             color=colour,
             ms=3.5 if len(codes) > 500 else 7,
             alpha=0.7,
             mew=0,
-            label=label,
             rasterized=True,
         )
+        every.append(dots)
     axes.set_xlabel(_axis(latent, 0))
     axes.set_ylabel(_axis(latent, 1))
     axes.grid(visible=False)
@@ -337,12 +340,17 @@ def _latent(axes: Axes, model: dict[str, Any]) -> str:
     axes.set_yticks([])
     if len(names) > 1:
         columns = 2 if len(shown) <= 12 else 3
-        axes.figure.legend(
+        legend = axes.figure.legend(
+            every[: len(shown)],
+            [str(number) for number in range(len(shown))],
             loc="outside lower center",
             ncols=columns,
             markerscale=3 if len(codes) > 500 else 1.5,
             handletextpad=0.1,
         )
+        # Not given above, where names with an underscore in front would be left out.
+        for text, name in zip(legend.get_texts(), shown, strict=True):
+            text.set(text=name, parse_math=False)
     share = latent["share_between_labels"] or 0
     return (
         f"Map of {len(codes):,} cells on two axes of latent space, coloured by label; "
@@ -367,5 +375,5 @@ def _colours(n: int) -> list[str]:
 
 
 def _short(name: str) -> str:
-    text = name.replace("$", r"\$")  # matplotlib would read mathematics
+    text = printable(name)
     return text if len(text) <= 24 else f"{text[:22]}…"

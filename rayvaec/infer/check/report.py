@@ -9,9 +9,11 @@ import numpy as np
 
 import rayvaec
 from rayvaec.data.store import Store
+from rayvaec.infer.bulk_job import Inputs
 from rayvaec.infer.check.config import CheckConfig
 from rayvaec.infer.check.figures import FIGURES, Estimates
 from rayvaec.infer.check.parts import (
+    Points,
     calibration_of,
     correlations_of,
     genes_of,
@@ -20,8 +22,8 @@ from rayvaec.infer.check.parts import (
     libraries_of,
     trend_of,
 )
+from rayvaec.infer.check.tally import Panel
 from rayvaec.infer.check.verdict import judge, summarise
-from rayvaec.infer.check.worker import CheckWork, Points
 from rayvaec.infer.trained import TrainedModel
 
 FORMAT_VERSION = 1
@@ -29,10 +31,10 @@ DIGITS = 5
 
 
 def build_report(
-    work: CheckWork,
-    models: Sequence[TrainedModel],
-    store: Store,
+    inputs: Inputs,
     config: CheckConfig,
+    n_cells: int,
+    panels: Sequence[Panel],
     estimates: Sequence[Estimates],
     points: Sequence[Points],
 ) -> dict[str, Any]:
@@ -40,14 +42,14 @@ def build_report(
 
     Parameters
     ----------
-    work : CheckWork
-        What was done.
-    models : sequence of TrainedModel
-        The model, and the one it is compared with.
-    store : Store
-        Where the cells lie.
+    inputs : Inputs
+        The model and the one it is compared with, and the store.
     config : CheckConfig
         What was asked for.
+    n_cells : int
+        Cells that were checked.
+    panels : sequence of Panel
+        Genes of each model that were looked at closely.
     estimates : sequence of Estimates
         Of each model.
     points : sequence of Points
@@ -58,9 +60,12 @@ def build_report(
     dict
         JSON-able; numbers have `DIGITS` digits, and what could not be computed is None.
     """
+    store = inputs.store
     described = [
-        _described(checked.path, model, store, found, some, work)
-        for checked, model, found, some in zip(work.models, models, estimates, points, strict=True)
+        _described(str(path.absolute()), model, panel, store, found, some)
+        for path, model, panel, found, some in zip(
+            inputs.paths, inputs.models, panels, estimates, points, strict=True
+        )
     ]
     report: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -68,7 +73,7 @@ def build_report(
         "store": {"path": str(store.path), "hash": store.hash, "n_cells": store.n_cells},
         "cells": {
             "split": config.split,
-            "n_cells": work.n_cells,
+            "n_cells": n_cells,
             "n_split_cells": len(store.rows(config.split)),
             "n_samples": config.n_samples,
             "seed": config.seed,
@@ -84,13 +89,12 @@ def build_report(
 def _described(
     path: str,
     model: TrainedModel,
+    panel: Panel,
     store: Store,
     estimates: Estimates,
     points: Points,
-    work: CheckWork,
 ) -> dict[str, Any]:
     total, genes, labels = estimates.total, model.registry.genes, store.registry.labels
-    panel = next(checked.panel for checked in work.models if checked.path == path)
     figures = _figures(estimates)
     found = {
         "genes": genes_of(total, genes),

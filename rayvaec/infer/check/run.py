@@ -1,35 +1,19 @@
-"""Check a model on a store: cut the cells into regions, have them measured, write the report."""
+"""Posterior predictive checks of a model on a store."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import rayvaec
-from rayvaec.data.inputs.obs import ObsKeys
 from rayvaec.data.names import listing
-from rayvaec.data.store import Store, open_store
-from rayvaec.errors import ConfigError, ModelError, RayvaecError, StoreError
-from rayvaec.files import bring_back, check_free
-from rayvaec.infer.actors import actors, explained, run_stage
+from rayvaec.data.store import Store
+from rayvaec.errors import ModelError, RayvaecError, StoreError
+from rayvaec.infer.bulk_job import Inputs
+from rayvaec.infer.bulk_run import open_inputs, run
 from rayvaec.infer.check.config import CheckConfig
-from rayvaec.infer.check.figures import Estimates
-from rayvaec.infer.check.page import write_report
-from rayvaec.infer.check.report import build_report
-from rayvaec.infer.check.tally import Tally, panel_of
-from rayvaec.infer.check.worker import CheckedModel, CheckWork, CheckWorker, part, read_points
-from rayvaec.infer.ledger import Ledger
-from rayvaec.infer.store_cells import StoreCells
-from rayvaec.infer.trained import TrainedModel, load_model
-from rayvaec.location import location
-from rayvaec.runtime import check_cpus, check_gpus, check_job_paths, check_seen, ray_session
-
-GROUPS = 20
-"""Groups of cells behind the errors of the figures."""
-
-MAX_REGION = 8192
-MAP_CELLS = 4000
+from rayvaec.infer.check.tally import Panel, panel_of
+from rayvaec.infer.check.worker import PosteriorCheck
 
 
 def check_store(
@@ -79,43 +63,24 @@ def check_store(
         If the work failed; finished regions are kept for a rerun.
     """
     config = config or CheckConfig()
-    if num_workers < 1:
-        raise ConfigError(f"num_workers={num_workers} does nothing", "give a whole number >= 1")
-    paths = [Path(model_path)] + ([Path(against)] if against is not None else [])
-    where, out = location(store_path), Path(out)
-    check_job_paths([*paths, out], [where])
-    bring_back(out)
-    check_free(out, overwrite)
-    models = [load_model(path) for path in paths]
-    registry = models[0].registry
-    store = open_store(where, ObsKeys(registry.labels_key, registry.batch_key))
-    for model in models:
-        StoreCells(store, model.registry)
-    _check_comparable(models, paths)
-    rows = _rows(store, config)
-    with ray_session():
-        who = f"{num_workers} worker{'s' * (num_workers > 1)}"
-        check_cpus(num_workers, who)
-        check_gpus(num_workers * use_gpu, who)
-        check_seen([*paths, where], [out])
-        device = "cuda" if use_gpu else "cpu"
-        ledger = Ledger(out.absolute(), _plan(config, models, store, len(rows), device))
-        try:
-            if not ledger.goes_on:
-                ledger.begin()
-            work = _work(models, paths, store, rows, config, ledger, device)
-            with actors(CheckWorker, work, num_workers, use_gpu) as workers:
-                _measure(workers, work, ledger)
-            report = _report(work, models, store, config, ledger)
-            write_report(report, ledger.output)
-        except Exception as error:
-            raise explained(error, ledger.folder) from error
-    ledger.publish()
-    return report
+    paths = [Path(path) for path in (model_path, against) if path is not None]
+    with open_inputs(
+        PosteriorCheck,
+        paths,
+        store_path,
+        out,
+        num_workers=num_workers,
+        use_gpu=use_gpu,
+        overwrite=overwrite,
+    ) as inputs:
+        _check_comparable(inputs)
+        rows = _rows(inputs.store, config)
+        return run(inputs, PosteriorCheck(config, rows, tuple(_panels(inputs))))
 
 
-def _check_comparable(models: list[TrainedModel], paths: list[Path]) -> None:
+def _check_comparable(inputs: Inputs) -> None:
     """Refuse a second model whose figures would speak of other genes."""
+    models, paths = inputs.models, inputs.paths
     first = set(models[0].registry.genes)
     for model, path in zip(models[1:], paths[1:], strict=True):
         differ = sorted(first ^ set(model.registry.genes))
@@ -139,80 +104,14 @@ def _rows(store: Store, config: CheckConfig) -> range:
     return rows[: config.max_cells]
 
 
-def _plan(
-    config: CheckConfig, models: list[TrainedModel], store: Store, n_cells: int, device: str
-) -> dict[str, Any]:
-    return {
-        "quantity": "check",
-        **config.identity(),
-        "n_cells": n_cells,
-        "models": [model.hash for model in models],
-        "store": store.hash,
-        "rayvaec_version": rayvaec.__version__,
-        "device": device,
-    }
-
-
-def _work(
-    models: list[TrainedModel],
-    paths: list[Path],
-    store: Store,
-    rows: range,
-    config: CheckConfig,
-    ledger: Ledger,
-    device: str,
-) -> CheckWork:
-    manifest = store.manifest
+def _panels(inputs: Inputs) -> Iterator[Panel]:
+    """Choose which genes of each model are looked at closely."""
+    store = inputs.store
+    manifest, labels = store.manifest, store.registry.labels
     totals = dict(zip(store.registry.genes, manifest.gene_totals, strict=True))
     typical = manifest.total_counts / manifest.n_cells
-    checked = tuple(
-        CheckedModel(
-            os.path.abspath(path),
-            model.hash,
-            panel_of(totals, model.registry.genes, len(store.registry.labels), typical),
-        )
-        for model, path in zip(models, paths, strict=True)
-    )
-    return CheckWork(
-        *(checked, store.share(ledger.folder), store.hash, rows.start, len(rows)),
-        region=min(-(-len(rows) // GROUPS), MAX_REGION),
-        n_samples=config.n_samples,
-        seed=config.seed,
-        point_stride=-(-len(rows) // MAP_CELLS),
-        parts=str(ledger.parts),
-        device=device,
-    )
-
-
-def _n_regions(work: CheckWork) -> int:
-    return -(-work.n_cells // work.region)
-
-
-def _measure(workers: list[Any], work: CheckWork, ledger: Ledger) -> None:
-    numbers = range(_n_regions(work))
-    calls = {number: ("region", (number,)) for number in numbers}
-    sizes = {number: min(work.region, work.n_cells - number * work.region) for number in numbers}
-    run_stage(workers, ledger, "regions", calls, sizes, "cells")
-
-
-def _report(
-    work: CheckWork,
-    models: list[TrainedModel],
-    store: Store,
-    config: CheckConfig,
-    ledger: Ledger,
-) -> dict[str, Any]:
-    numbers = range(_n_regions(work))
-    estimates, points = [], []
-    for which in range(len(models)):
-        groups = [
-            Tally.total(Tally.load(part(work.parts, number, which, "tally")) for number in some)
-            for first in range(min(GROUPS, len(numbers)))
-            if (some := numbers[first::GROUPS])
-        ]
-        estimates.append(Estimates(groups))
-        points.append(read_points(ledger.parts, len(numbers), which))
-    return build_report(work, models, store, config, estimates, points)
+    for model in inputs.models:
+        yield panel_of(totals, model.registry.genes, len(labels), typical)
 
 
 def fail_below(report: dict[str, Any], out: Path) -> None:

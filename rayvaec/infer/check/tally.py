@@ -176,13 +176,9 @@ class Tally:
         """Further draws of every cell."""
         return float(self.draws / max(self.cells.sum(), 1))
 
-    def save(self, path: Path) -> None:
-        """Write the sums to a file."""
-        np.savez(path, **vars(self))
-
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read what `save` wrote."""
+        """Read sums from an npz file."""
         with np.load(path) as arrays:
             return cls(**arrays)
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from rayvaec.serve.moments import Histogram
+from rayvaec.infer.moments import Histogram
 
 COUNTS = arrays.arrays(
     np.int32,
