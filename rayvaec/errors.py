@@ -5,7 +5,7 @@
     RayvaecError            the work failed though the input was right (exit code 1)
     ├── ConfigError         an option or a configuration value           (exit code 2)
     ├── CountsError         the data matrix or its annotation            (exit code 2)
-    │   └── FormatError     a file that is no AnnData, or damaged        (exit code 2)
+    │   └── FormatError     a file that is not an AnnData, or damaged    (exit code 2)
     ├── StoreError          a training store or another output folder    (exit code 2)
     ├── ModelError          a saved model, or data that does not fit it  (exit code 2)
     └── RequestError        an HTTP request, seen by server or client    (exit code 2)
@@ -59,7 +59,7 @@ class CountsError(RayvaecError):
 
 
 class FormatError(CountsError):
-    """A file that is no AnnData, contradicts itself or is damaged."""
+    """A file that is not an AnnData, contradicts itself or is damaged."""
 
 
 class StoreError(RayvaecError):

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rayvaec.commands.options import Verbs, add_out
+from rayvaec.commands.options import Verbs, add_layer, add_out, with_layer
 
 
 def add_check(verbs: Verbs) -> None:
@@ -14,6 +14,7 @@ def add_check(verbs: Verbs) -> None:
     verb = verbs.add_parser("check", help="compare a model's draws with held-out cells: a report")
     verb.add_argument("model", type=Path, metavar="MODEL")
     verb.add_argument("store", metavar="STORE", help="folder, or s3://, gs://, https://")
+    add_layer(verb)
     add_out(verb, "REPORT", "folder to write: index.html and report.json")
     verb.add_argument("--against", type=Path, metavar="MODEL2", help="a second model to compare")
     verb.add_argument(
@@ -48,7 +49,7 @@ def _check(arguments: argparse.Namespace) -> None:
     )
     report = check_store(
         arguments.model,
-        arguments.store,
+        with_layer(arguments.store, arguments.layer),
         arguments.out,
         config,
         against=arguments.against,

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from rayvaec.commands.options import Verbs, add_out
+from rayvaec.commands.options import Verbs, add_layer, add_out, with_layer
 
 _ANNDATA = "AnnData to write, .zarr or .h5ad"
 _OR_TABLE = f"{_ANNDATA}, or table, .csv or .parquet"
@@ -38,6 +38,7 @@ def add_bulk(verbs: Verbs) -> None:
         verb = verbs.add_parser(name, help=help_text, description=help_text)
         verb.add_argument("model", type=Path, metavar="MODEL")
         verb.add_argument("store", metavar="STORE", help="folder, or s3://, gs://, https://")
+        add_layer(verb)
         add_out(verb, metavar, f"{what}; a rerun after a stop does what is missing")
         verb.add_argument("--num-workers", type=int, default=1, metavar="N")
         verb.add_argument("--use-gpu", action="store_true", help="one GPU a worker")
@@ -113,6 +114,7 @@ def _bulk(arguments: argparse.Namespace) -> None:
     for name in ("verb", "run", "debug"):
         del options[name]
     model, store, out = (options.pop(name) for name in ("model", "store", "out"))
+    store = with_layer(store, options.pop("layer"))
     if arguments.verb == "de":
         options["how"] = Comparison(**{name: options.pop(name) for name in _COMPARISON})
     verbs: dict[str, Callable[..., None]] = {

@@ -20,3 +20,16 @@ def add_out(verb: argparse.ArgumentParser, metavar: str, help_text: str) -> None
     """
     verb.add_argument("--out", type=Path, required=True, metavar=metavar, help=help_text)
     verb.add_argument("--overwrite", action="store_true", help="replace what stands there")
+
+
+def add_layer(verb: argparse.ArgumentParser) -> None:
+    """Add ``--layer``, for verbs that read stores which rayvaec did not write."""
+    verb.add_argument(
+        "--layer",
+        help="layer with the counts, or raw, of an AnnData Zarr or a collection (default: X)",
+    )
+
+
+def with_layer(store: str, layer: str | None) -> str:
+    """Return a store's name with the layer to read, as `rayvaec.data.open_store` takes it."""
+    return store if layer is None else f"{store}::{layer}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rayvaec.commands.options import Verbs, add_out
+from rayvaec.commands.options import Verbs, add_layer, add_out
 
 
 def add_train(verbs: Verbs) -> None:
@@ -31,7 +31,7 @@ def add_train(verbs: Verbs) -> None:
         "not write",
     )
     verb.add_argument("--batch-key", metavar="KEY", help="its obs column of batches")
-    verb.add_argument("--layer", help="its layer with the counts, or raw (default: X)")
+    add_layer(verb)
     add_out(verb, "RUN", "run folder: best and last model, checkpoints, metrics")
     verb.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON with settings")
     verb.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from rayvaec.data.collection import DESCRIPTION, SPLITS, Partition, Rows, Store
@@ -23,7 +24,8 @@ def open_store(path: Path | str | Url, keys: ObsKeys | None = None) -> Store:
     path : Path, str or Url
         Folder that `rayvaec prepare` wrote, or a URL (``s3://``, ``gs://``, ``https://``) of one;
         with `keys` also an AnnData Zarr or an annbatch collection, which is then surveyed; or what
-        `Store.share` returned.
+        `Store.share` returned. ``STORE::LAYER`` reads a layer of a store that rayvaec did not
+        write.
     keys : ObsKeys, optional
         The obs columns of a store that rayvaec did not write.
 
@@ -39,7 +41,9 @@ def open_store(path: Path | str | Url, keys: ObsKeys | None = None) -> Store:
     ConfigError
         If a URL is of an unknown kind, or the extra ``remote`` is not installed.
     """
-    where = location(path)
+    where, layer = split_store_layer(location(path))
+    if layer is not None and keys is not None:
+        keys = replace(keys, layer=None if layer == "X" else layer)
     if isinstance(where, Path):
         where = where.absolute()
         if where.suffix == ".json" and where.is_file():
@@ -53,6 +57,11 @@ def open_store(path: Path | str | Url, keys: ObsKeys | None = None) -> Store:
         raise StoreError(f"there is no store at {where}: it has no zarr.json", "correct the URL")
     attributes = attributes or {}
     if "rayvaec" in attributes:
+        if layer is not None:
+            raise StoreError(
+                f"the store {where} has no layer {layer!r}: `prepare` has chosen its counts",
+                f"leave out ::{layer}",
+            )
         return Store(where, Manifest.from_json(attributes["rayvaec"], str(where)), blobs)
     if attributes.get("encoding-type") in FOREIGN:
         if keys is None:
@@ -73,6 +82,25 @@ def open_store(path: Path | str | Url, keys: ObsKeys | None = None) -> Store:
         f"{where} is no store, no AnnData Zarr and no annbatch collection",
         f"write a store with `{_PREPARE} STORE --labels-key KEY`",
     )
+
+
+def split_store_layer(where: Location) -> tuple[Location, str | None]:
+    """Tell where a store lies from the layer that ``STORE::LAYER`` asks for.
+
+    Parameters
+    ----------
+    where : Path or Url
+        A store, or one with a layer.
+
+    Returns
+    -------
+    tuple of Path or Url, and str or None
+        None where no layer is named.
+    """
+    text, colons, layer = (where.path if isinstance(where, Url) else str(where)).rpartition("::")
+    if not (text and colons and layer) or (isinstance(where, Path) and where.exists()):
+        return where, None
+    return (replace(where, path=text) if isinstance(where, Url) else Path(text)), layer
 
 
 def is_foreign(where: Location) -> bool:

@@ -518,3 +518,27 @@ def test_the_file_of_real_counts(shared, tmp_path):
     np.testing.assert_array_equal(found[adata.var_names].to_numpy(), adata.X.toarray())
     assert found["label"].tolist() == adata.obs["cell_type"].tolist()
     assert manifest.cells_per_label == (16, 53, 29, 102)
+
+
+def test_every_input_may_have_a_layer_of_its_own(write_input, counts, tmp_path):
+    half = counts * 0.5
+    paths = [
+        f"{write_input(half, 'a.h5ad', raw=counts)}::raw",
+        f"{write_input(half, 'b.zarr', layers={'counts': counts})}::counts",
+        write_input(half, "c.h5ad", layers={"spliced": counts}),
+        f"{write_input(counts, 'd.h5ad', layers={'spliced': half})}::X",
+    ]
+    config = PrepareConfig("cell_type", layer="spliced")
+    manifest = prepare(paths, tmp_path / "store", config)
+    assert [source["layer"] for source in manifest.sources] == ["raw", "counts", "spliced", None]
+    assert manifest.gene_totals == tuple((4 * counts.sum(axis=0)).tolist())
+    with pytest.raises(CountsError, match="a.h5ad has no layer 'rw'; the layers are raw"):
+        prepare([tmp_path / "a.h5ad::rw"], tmp_path / "other", config)
+
+
+def test_a_list_of_genes_may_begin_with_a_byte_order_mark(write_input, counts, tmp_path):
+    genes = tmp_path / "genes.txt"
+    genes.write_text("g3\ng1\n", encoding="utf-8-sig")
+    path = write_input(counts[:, :5] + 1)
+    manifest = prepare([path], tmp_path / "store", PrepareConfig("cell_type", genes=genes))
+    assert manifest.registry.genes == ("g3", "g1")

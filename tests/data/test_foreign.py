@@ -411,3 +411,45 @@ def test_columns_that_are_not_there_or_not_the_stores(tmp_path, random_store, ca
     assert main([*own, "--batch-key", "donor"]) == 2
     assert "was made with batch; leave out --batch-key" in capsys.readouterr().err
     assert not out.exists()
+
+
+def with_raw(x):
+    adata = make_anndata(x)
+    adata.raw = adata.copy()
+    adata.X = sparse.csr_matrix(np.log1p(x))
+    return adata
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_layer_of_a_foreign_store_is_read(tmp_path, version):
+    x = make_counts()
+    path = write(tmp_path / "atlas.zarr", with_raw(x), version)
+    with pytest.raises(CountsError, match=r"raw counts, such as --layer raw \(layers: raw\)"):
+        open_store(path, KEYS)
+    store = open_store(path, ObsKeys("cell_type", layer="raw"))
+    assert_holds(store, x)
+    assert [source["layer"] for source in store.manifest.sources] == ["raw"]
+    for again in (
+        pickle.loads(pickle.dumps(store)),
+        open_store(store.share(tmp_path)),
+        open_store(f"{path}::raw", KEYS),
+    ):
+        assert again.hash == store.hash
+        assert_holds(again, x)
+    assert open_store(f"{write(tmp_path / 'plain', make_anndata(x))}::X", KEYS).hash == store.hash
+
+
+def test_a_layer_on_a_web_server(tmp_path, serve_files):
+    x = make_counts()
+    write(tmp_path / "atlas.zarr", with_raw(x))
+    server = serve_files(tmp_path)
+    with pytest.raises(CountsError, match=r"such as --layer raw \(layers: raw\)"):
+        open_store(f"{server.url}/atlas.zarr", KEYS)
+    assert_holds(open_store(f"{server.url}/atlas.zarr::raw", KEYS), x)
+
+
+def test_a_store_of_prepare_has_no_layers(random_store):
+    with pytest.raises(StoreError, match=r"has no layer 'raw'.*; leave out ::raw"):
+        open_store(f"{random_store.path}::raw", KEYS)
+    with pytest.raises(ConfigError, match="--layer is raw and the store .* was made with none"):
+        _open(random_store.path, None, None, None, "raw")

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import anndata
 import h5py
 import numpy as np
@@ -8,8 +12,9 @@ import pytest
 import zarr
 from scipy import sparse
 
-from rayvaec.data.inputs.reader import Input
-from rayvaec.errors import CountsError
+from rayvaec.data.inputs.failures import cause_of
+from rayvaec.data.inputs.reader import Input, split_layer
+from rayvaec.errors import ConfigError, CountsError, FormatError
 
 
 def read_all(source, elements, scratch):
@@ -141,7 +146,7 @@ def test_paths_that_are_no_anndata_are_refused(tmp_path):
     (tmp_path / "text.h5ad").write_text("cell,gene")
     with pytest.raises(CountsError, match=r"text.h5ad is not an HDF5 file; give an h5ad"):
         Input(tmp_path / "text.h5ad")
-    with pytest.raises(CountsError, match="is a folder but no Zarr group"):
+    with pytest.raises(CountsError, match="is a folder but not a Zarr group"):
         Input(tmp_path)
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["matrix"] = [1]
@@ -276,3 +281,152 @@ def test_the_file_of_real_counts(shared, tmp_path):
         assert len(blocks) > 5
         np.testing.assert_array_equal(x, anndata.read_h5ad(path).X.toarray())
         assert source.column("cell_type").categories == ("B cell", "Monocyte", "Other", "T cell")
+
+
+def read_everything(path, tmp_path):
+    with Input(path) as source:
+        source.column("cell_type")
+        list(source.blocks(10**6, tmp_path / "scratch"))
+
+
+def linked_to_nothing(link):
+    def change(path):
+        with h5py.File(path, "a") as file:
+            del file["obs/cell_type"]
+            file["obs/cell_type"] = link
+
+    return change
+
+
+def with_a_filter(path):
+    """Store values by a filter that HDF5 does not bring along."""
+    with h5py.File(path, "a") as file:
+        n = len(file["X/data"])
+        del file["X/data"]
+        plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        plist.set_chunk((n,))
+        plist.set_filter(32013, h5py.h5z.FLAG_OPTIONAL, (3,))
+        space = h5py.h5s.create_simple((n,))
+        h5py.h5d.create(file["X"].id, b"data", h5py.h5t.NATIVE_FLOAT, space, plist)
+
+
+def with_a_codec(path):
+    """Store values by a codec that nobody has."""
+    file = path / "X/data/zarr.json"
+    metadata = json.loads(file.read_text())
+    metadata["codecs"] = [{"name": "bytes", "configuration": {"endian": "little"}}]
+    metadata["codecs"].append({"name": "magic", "configuration": {}})
+    file.write_text(json.dumps(metadata))
+
+
+def with_bytes_for_names(path):
+    with h5py.File(path, "a") as file:
+        del file["obs/_index"]
+        file["obs/_index"] = np.array([b"\xff\xfe"] * 30)
+
+
+CAUSES = {
+    "filter": (
+        "a.h5ad",
+        with_a_filter,
+        "X/data of .* filter zfp, which is not installed; pip",
+    ),
+    "codec": ("a.zarr", with_a_codec, "by a codec that is not installed .*magic.*; install it"),
+    "soft link": (
+        *("a.h5ad", linked_to_nothing(h5py.SoftLink("/nothing"))),
+        "obs/cell_type of .* is a link to /nothing, which does not exist; put back",
+    ),
+    "external link": (
+        *("a.h5ad", linked_to_nothing(h5py.ExternalLink("nothing.h5", "/x"))),
+        "obs/cell_type of .* is a link to nothing.h5, which does not exist; put back",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CAUSES)
+def test_what_is_not_damaged_is_not_called_damaged(write_input, counts, tmp_path, name):
+    file, change, message = CAUSES[name]
+    path = write_input(counts, file)
+    change(path)
+    with pytest.raises(CountsError, match=message) as caught:
+        read_everything(path, tmp_path)
+    assert " damaged or cut short" not in caught.value.detail
+
+
+def test_names_that_are_not_text_are_told(write_input, counts):
+    path = write_input(counts)
+    with_bytes_for_names(path)
+    with Input(path) as source, pytest.raises(FormatError, match="has names that are not UTF-8"):
+        source.names(0, 3)
+
+
+def test_a_file_that_is_open_for_writing_is_told(write_input, counts):
+    path = write_input(counts)
+    script = f"import h5py; f = h5py.File({str(path)!r}, 'a'); print('open', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as writer:
+        assert writer.stdout.readline() == b"open\n"
+        with pytest.raises(CountsError, match="is open for writing in another process; close it"):
+            Input(path)
+    with Input(path) as source:
+        assert source.n_cells == 30
+
+
+def test_a_link_to_no_file_is_told(tmp_path):
+    (tmp_path / "a.h5ad").symlink_to(tmp_path / "gone.h5ad")
+    with pytest.raises(CountsError, match="a.h5ad is a link to .*gone.h5ad, which does not exist"):
+        Input(tmp_path / "a.h5ad")
+
+
+def test_a_file_that_may_not_be_read_is_told(write_input, counts, monkeypatch):
+    path = write_input(counts)
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.open", refuse)  # root may read anything
+    with pytest.raises(CountsError, match="a.h5ad may not be read: permission denied; ask its"):
+        Input(path)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(24, "Too many open files"), "too many files are open; raise the limit: ulimit"),
+        (OSError("unable to open (name = 'a', errno = 13, error message"), "permission denied"),
+        (OSError(5, "Input/output error"), "cannot be read .Input/output error.; check the disk"),
+        (OSError("truncated file: eof = 9"), "is damaged or cut short .truncated file: eof = 9"),
+        (KeyError("nothing"), "is damaged or cut short"),
+    ],
+)
+def test_causes_are_told_apart(error, message):
+    cause = cause_of(error, "a.h5ad")
+    assert str(cause).startswith("a.h5ad ")
+    with pytest.raises(CountsError, match=message):
+        raise cause
+
+
+def test_other_formats_are_named(tmp_path):
+    with h5py.File(tmp_path / "a.h5mu", "w") as file:
+        file.attrs["encoding-type"] = "MuData"
+        for name in ("obs", "var", "mod/rna", "mod/atac"):
+            file.create_group(name)
+    with pytest.raises(FormatError, match=r"a MuData of the modalities atac, rna; .*atac"):
+        Input(tmp_path / "a.h5mu")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_group("matrix")
+    with pytest.raises(FormatError, match=r"a.h5 is a 10x file, not an AnnData; .*read_10x_h5"):
+        Input(tmp_path / "a.h5")
+
+
+def test_a_layer_follows_two_colons(tmp_path):
+    assert split_layer("a.h5ad", "counts") == (tmp_path.__class__("a.h5ad"), "counts")
+    assert split_layer("a.h5ad::raw", "counts") == (tmp_path.__class__("a.h5ad"), "raw")
+    assert split_layer("a.h5ad::X", "counts") == (tmp_path.__class__("a.h5ad"), None)
+    there = tmp_path / "b::c"
+    there.touch()
+    assert split_layer(there, None) == (there, None)
+    for wrong in ("a.h5ad::", "::raw"):
+        with pytest.raises(ConfigError, match=f"the input {wrong} names no file or no layer"):
+            split_layer(wrong, None)

@@ -543,7 +543,7 @@ class AnnDataGroup:
     def _frame(self, element: Any, name: str) -> Frame:
         if not hasattr(element, "keys") and getattr(element.dtype, "names", None) is None:
             raise FormatError(
-                f"{name} of {self._access.where} is no table", "write the file with anndata"
+                f"{name} of {self._access.where} is not a table", "write the file with anndata"
             )
         uns = None if hasattr(element, "keys") else self._access.child(self._root, "uns")
         return Frame(element, self._access, uns)
@@ -563,11 +563,11 @@ def _something_else(root: Any, access: Access) -> FormatError:
         return FormatError(f"{where} is a store already", "train on it, or give its sources")
     if hasattr(access.child(root, "matrix"), "keys"):
         return FormatError(
-            f"{where} is a 10x file and no AnnData",
+            f"{where} is a 10x file, not an AnnData",
             "convert it: scanpy.read_10x_h5(FILE).write_h5ad(...)",
         )
     return FormatError(
-        f"{where} has no obs and var, so it is no AnnData",
+        f"{where} has no obs and var, so it is not an AnnData",
         "give an h5ad file or an AnnData-Zarr folder",
     )
 

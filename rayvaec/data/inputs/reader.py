@@ -72,8 +72,8 @@ class Input:
     Raises
     ------
     CountsError
-        If `path` does not exist, is no AnnData or has no such layer; and from every method where
-        the file cannot be read, or was changed meanwhile.
+        If `path` does not exist, is not an AnnData or has no such layer; and from every method
+        where the file cannot be read, or was changed meanwhile.
     """
 
     def __init__(self, path: Path, layer: str | None = None) -> None:
@@ -287,7 +287,7 @@ def _open(path: Path) -> tuple[Any, Access]:
     fix = "give an h5ad file or an AnnData-Zarr folder"
     if path.is_dir():
         if not any((path / name).exists() for name in ("zarr.json", ".zgroup")):
-            raise FormatError(f"{path} is a folder but no Zarr group", fix)
+            raise FormatError(f"{path} is a folder but not a Zarr group", fix)
         # Consolidated metadata may be out of date, and zarr mixes up foo and Foo in it.
         return zarr.open_group(path, mode="r", use_consolidated=False), ZarrAccess(str(path))
     path.open("rb").close()  # is_hdf5 takes what may not be read for another kind of file

@@ -139,7 +139,7 @@ class Member:
     Raises
     ------
     CountsError
-        If it is no AnnData with a CSR matrix and a name for every cell and gene.
+        If it is not an AnnData with a CSR matrix and a name for every cell and gene.
     """
 
     def __init__(self, where: Location, blobs: Blobs, name: str, layer: str | None = None) -> None:
@@ -263,7 +263,7 @@ def open_members(where: Location, blobs: Blobs, layer: str | None = None) -> lis
     if kind != COLLECTION:
         if kind != "anndata":
             raise StoreError(
-                f"{where} is no AnnData Zarr, no annbatch collection and no store",
+                f"{where} is neither an AnnData Zarr, nor an annbatch collection, nor a store",
                 "write a store with `rayvaec prepare INPUT... --out STORE --labels-key KEY`",
             )
         return [Member(where, blobs, "", layer)]
