@@ -344,7 +344,7 @@ class Cutting(httpx.HTTPTransport):
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         response = super().handle_request(request)
         if request.method == "POST":
-            raw, _ = wire.decode_cells(request.content, 2**30)
+            raw, _ = wire.decode_cells(request.content, wire.StreamLimits(max_bytes=2**30))
             self.asked.append(raw.cell_ids or [])
             if len(self.asked) <= self.times:
                 response.stream = self.cut(response.stream)

@@ -1,4 +1,4 @@
-"""Bodies as they were sent, made into what `rayvaec.serve.requests` reads: JSON or Arrow."""
+"""Bodies as they were sent, decompressed into what `rayvaec.serve.requests` reads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayvaec.data.registry import Registry
-from rayvaec.errors import RequestError
+from rayvaec.errors import PayloadTooLargeError, UndecodableError, UnprocessableError
 from rayvaec.serve.h5ad.reading import Columns, looks_like_hdf5
 from rayvaec.serve.h5ad.sandbox import Sandbox
 from rayvaec.serve.limits import Limits
@@ -68,21 +68,19 @@ def unpack(sent: Sent, registry: Registry, limits: Limits, sandbox: Sandbox) -> 
     RequestError
         400, 413 or 422, with the value, its place and what to do.
     """
-    data = _gunzip(sent.data, limits.max_body_bytes) if sent.gzipped else sent.data
+    data = _gunzip(sent.data, limits.body_bytes(sent.kind)) if sent.gzipped else sent.data
     if sent.kind != H5AD:
         if sent.query:
-            raise RequestError(
+            raise UnprocessableError(
                 f"the query parameter {sent.query[0][0][:60]!r} is not understood",
                 "give parameters in the body; only h5ad bodies have theirs in the address",
-                *(422, "invalid_request"),
             )
         return Body(data, sent.kind, sent.answer)
     parameters = query_parameters(sent.query)
     if not looks_like_hdf5(data):
-        raise RequestError(
+        raise UndecodableError(
             "the body does not begin as an HDF5 file does",
             "send an h5ad file as it is",
-            *(400, "undecodable"),
         )
     columns = Columns(
         labels_key=str(parameters.pop("labels_key", registry.labels_key)),
@@ -98,25 +96,24 @@ def _gunzip(data: bytes, max_bytes: int) -> bytes:
     try:
         unpacked = stream.decompress(data, max_bytes + 1)
     except zlib.error as error:
-        raise _no_gzip(f"is no gzip stream ({error})") from error
+        raise _not_gzip(f"is not a gzip stream ({error})") from error
     if len(unpacked) > max_bytes:
-        raise RequestError(
+        raise PayloadTooLargeError(
             f"the body takes more than {max_bytes:,} bytes decompressed",
             "send fewer cells a request",
-            *(413, "body_too_large"),
+            error="body_too_large",
         )
     if not stream.eof:
-        raise _no_gzip("is a gzip stream that breaks off")
+        raise _not_gzip("is a gzip stream that breaks off")
     if stream.unused_data:
-        raise _no_gzip("goes on after the end of its gzip stream")
+        raise _not_gzip("goes on after the end of its gzip stream")
     return unpacked
 
 
-def _no_gzip(problem: str) -> RequestError:
-    return RequestError(
+def _not_gzip(problem: str) -> UndecodableError:
+    return UndecodableError(
         f"Content-Encoding is gzip, and the body {problem}",
         "compress the whole body once, or send it as it is",
-        *(400, "undecodable"),
     )
 
 
@@ -135,8 +132,8 @@ def query_parameters(query: Sequence[tuple[str, str]]) -> dict[str, Any]:
 
     Raises
     ------
-    RequestError
-        422 if what is no list is given twice.
+    UnprocessableError
+        If what is not a list is given twice.
     """
     parameters: dict[str, Any] = {}
     for name, text in query:
@@ -144,18 +141,16 @@ def query_parameters(query: Sequence[tuple[str, str]]) -> dict[str, Any]:
         if name in _LISTS:
             parameters.setdefault(name, []).append(value)
         elif name in parameters:
-            raise RequestError(
+            raise UnprocessableError(
                 f"the query parameter {name!r} is given twice",
                 "give it once",
-                *(422, "invalid_request"),
             )
         else:
             parameters[name] = value
     if "genes" in parameters:
-        raise RequestError(
+        raise UnprocessableError(
             "unknown query parameter 'genes'",
             "an h5ad file names its genes in var",
-            *(422, "invalid_request"),
         )
     return parameters
 

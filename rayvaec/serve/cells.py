@@ -14,7 +14,7 @@ from rayvaec.data.inputs.align import align_columns, place_in_csr, refuse_missin
 from rayvaec.data.inputs.counts import as_counts
 from rayvaec.data.names import choices, listing
 from rayvaec.data.registry import Registry, inverse
-from rayvaec.errors import CountsError, RequestError
+from rayvaec.errors import CountsError, UnprocessableError
 from rayvaec.infer.cells import Cells
 from rayvaec.kernels.keys import cell_keys, position_keys
 from rayvaec.serve.schemas import Counts
@@ -59,33 +59,24 @@ def raw_counts(
 
     Raises
     ------
-    RequestError
-        422 for dense rows of another length.
+    UnprocessableError
+        For dense rows of another length.
     """
-    if counts.dense is None:
-        return (
-            np.asarray(counts.indptr, np.int64),
-            np.asarray(counts.indices, np.int64),
-            _whole(np.asarray(counts.counts, np.float64)),
+    form: Any = counts  # all of one form is there, as its schema has it
+    if form.dense is None:
+        return form.indptr, form.indices, form.counts
+    lengths, values = form.dense
+    wrong = np.flatnonzero(lengths != n_columns)
+    if wrong.size:
+        raise UnprocessableError(
+            f"cells.dense[{wrong[0]}] has {lengths[wrong[0]]} counts for {n_columns} genes",
+            "give one count per gene, zeros too, or name the columns in genes",
+            error=RAGGED,
         )
-    for row, values in enumerate(counts.dense):
-        if len(values) != n_columns:
-            raise RequestError(
-                f"cells.dense[{row}] has {len(values)} counts for {n_columns} genes",
-                "give one count per gene, zeros too, or name the columns in genes",
-                *(422, RAGGED),
-            )
-    dense = np.asarray(counts.dense, np.float64).reshape(len(counts.dense), n_columns)
-    rows, columns = np.nonzero(dense)
-    indptr = np.searchsorted(rows, np.arange(len(dense) + 1))
-    return indptr.astype(np.int64), columns.astype(np.int64), _whole(dense[rows, columns])
-
-
-def _whole(values: NDArray[np.float64]) -> NDArray[Any]:
-    """Return whole numbers as integers, so that messages show them as they were written."""
-    with np.errstate(invalid="ignore"):
-        whole = values.astype(np.int64)
-    return whole if np.array_equal(whole, values) else values
+    position = np.flatnonzero(values)
+    rows, columns = np.divmod(position, max(n_columns, 1))
+    indptr = np.searchsorted(rows, np.arange(len(lengths) + 1))
+    return indptr.astype(np.int64), columns, values[position]
 
 
 def align_cells(
@@ -110,8 +101,8 @@ def align_cells(
 
     Raises
     ------
-    RequestError
-        422; it names the value, its place and what to do.
+    UnprocessableError
+        It names the value, its place and what to do.
     """
     columns = registry.genes if genes is None else tuple(genes)
     n_cells = _check_shape(raw)
@@ -124,7 +115,10 @@ def align_cells(
         shape=(n_cells, len(columns)),
     )
     target, missing, extra = _align_genes(registry, columns, genes is not None, allow_missing)
-    x = align_columns(x, target, registry.n_genes)
+    try:
+        x = align_columns(x, target, registry.n_genes)
+    except CountsError as error:
+        raise UnprocessableError(f"cells: {error.detail}", error.fix, error=BAD_COUNTS) from error
     cells = Cells(
         indptr=x.indptr.astype(np.int64),
         indices=x.indices.astype(np.int32, copy=False),
@@ -156,14 +150,14 @@ def label_codes(
 
     Raises
     ------
-    RequestError
-        422 for another number of labels, or an unknown one.
+    UnprocessableError
+        For another number of labels, or an unknown one.
     """
     _check_length("labels", labels, n_cells)
     try:
         return registry.encode_labels(labels, "labels")
     except CountsError as error:
-        raise RequestError(error.detail, error.fix, 422, "unknown_label") from error
+        raise UnprocessableError(error.detail, error.fix, error="unknown_label") from error
 
 
 def batch_codes(
@@ -186,22 +180,22 @@ def batch_codes(
 
     Raises
     ------
-    RequestError
-        422 for missing, unknown, or another number of batches.
+    UnprocessableError
+        For missing, unknown, or another number of batches.
     """
     if registry.batch_key is None:
         return None
     if batches is None:
-        raise RequestError(
+        raise UnprocessableError(
             "batches is missing, and the model tells experimental batches apart",
             f"give one per cell of {listing(registry.batches)}",
-            *(422, "unknown_batch"),
+            error="unknown_batch",
         )
     _check_length("batches", batches, n_cells)
     try:
         return registry.encode_batches(batches, "batches")
     except CountsError as error:
-        raise RequestError(error.detail, error.fix, 422, "unknown_batch") from error
+        raise UnprocessableError(error.detail, error.fix, error="unknown_batch") from error
 
 
 def keys_of(cell_ids: Sequence[str | None] | None, n_cells: int) -> NDArray[np.uint64]:
@@ -220,26 +214,24 @@ def keys_of(cell_ids: Sequence[str | None] | None, n_cells: int) -> NDArray[np.u
 
     Raises
     ------
-    RequestError
-        422 for another number of names, one that is missing, or one that occurs twice.
+    UnprocessableError
+        For another number of names, one that is missing, or one that occurs twice.
     """
     if cell_ids is None:
         return position_keys(0, n_cells)
     _check_length("cell_ids", cell_ids, n_cells)
     names = [name for name in cell_ids if name is not None]
     if len(names) != n_cells:
-        raise RequestError(
+        raise UnprocessableError(
             f"cell_ids has no name at position {list(cell_ids).index(None)}",
             "name every cell, or leave cell_ids out",
-            *(422, "invalid_request"),
         )
     if len(set(names)) != n_cells:
         seen: set[str] = set()
         twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise RequestError(
+        raise UnprocessableError(
             f"cell_ids has {twice!r} more than once; both cells would get the same random numbers",
             "make the names unique, such as with adata.obs_names_make_unique()",
-            *(422, "invalid_request"),
         )
     return cell_keys(names)
 
@@ -260,21 +252,21 @@ def gene_columns(out_genes: Sequence[str] | None, registry: Registry) -> NDArray
 
     Raises
     ------
-    RequestError
-        422 for a gene that the model does not have, or that is named twice.
+    UnprocessableError
+        For a gene that the model does not have, or that is named twice.
     """
     if out_genes is None:
         return None
     code = {gene: column for column, gene in enumerate(registry.genes)}
     unknown = [gene for gene in out_genes if gene not in code]
     if unknown:
-        raise RequestError(
+        raise UnprocessableError(
             f"out_genes has {len(unknown)} genes that the model lacks: {listing(unknown)}",
             f"its genes are {choices(unknown[0], registry.genes)}",
-            *(422, UNKNOWN_GENE),
+            error=UNKNOWN_GENE,
         )
     if len(set(out_genes)) != len(out_genes):
-        raise RequestError("out_genes names a gene twice", "name it once", 422, UNKNOWN_GENE)
+        raise UnprocessableError("out_genes names a gene twice", "name it once", error=UNKNOWN_GENE)
     return np.array([code[gene] for gene in out_genes], np.int64)
 
 
@@ -282,35 +274,35 @@ def _check_shape(raw: RawCells) -> int:
     """Check that the arrays fit together; return the number of cells."""
     indptr, n_values = raw.indptr, len(raw.indices)
     if len(raw.counts) != n_values:
-        raise RequestError(
+        raise UnprocessableError(
             f"cells.indices has {n_values} entries and cells.counts has {len(raw.counts)}",
             "give one gene index for each count",
-            *(422, RAGGED),
+            error=RAGGED,
         )
     if len(indptr) == 0 or indptr[0] != 0 or indptr[-1] != n_values:
         found = f"starts at {indptr[0]} and ends at {indptr[-1]}" if len(indptr) else "is empty"
-        raise RequestError(
+        raise UnprocessableError(
             f"cells.indptr {found}, and there are {n_values} counts",
             f"let it start at 0 and end at {n_values}",
-            *(422, RAGGED),
+            error=RAGGED,
         )
-    falls = np.flatnonzero(np.diff(indptr) < 0)
+    falls = np.flatnonzero(indptr[1:] < indptr[:-1])
     if falls.size:
         at = int(falls[0]) + 1
-        raise RequestError(
+        raise UnprocessableError(
             f"cells.indptr[{at}] is {indptr[at]}, below the {indptr[at - 1]} before it",
             "each cell's end must not be below its beginning",
-            *(422, RAGGED),
+            error=RAGGED,
         )
     return len(indptr) - 1
 
 
 def _check_length(name: str, values: Sequence[Any], n_cells: int) -> None:
     if len(values) != n_cells:
-        raise RequestError(
+        raise UnprocessableError(
             f"{name} has {len(values)} entries for {n_cells} cells",
             "give one per cell",
-            *(422, RAGGED),
+            error=RAGGED,
         )
 
 
@@ -326,21 +318,11 @@ def _check_indices(raw: RawCells, names: Sequence[Any], n_columns: int) -> None:
     if outside.size:
         position = int(outside[0])
         cell = int(np.searchsorted(raw.indptr, position, side="right")) - 1
-        raise RequestError(
+        raise UnprocessableError(
             f"gene index {raw.indices[position]} of cell {names[cell]} (value {position}) is out "
             f"of range, there are {n_columns} genes",
             f"give indices from 0 to {n_columns - 1}",
-            *(422, UNKNOWN_GENE),
-        )
-    rows = np.repeat(np.arange(len(raw.indptr) - 1), np.diff(raw.indptr))
-    flat = np.sort(rows * n_columns + raw.indices)
-    twice = flat[1:][flat[1:] == flat[:-1]]
-    if twice.size:
-        cell, gene = divmod(int(twice[0]), n_columns)
-        raise RequestError(
-            f"cell {names[cell]} gives gene index {gene} more than once",
-            "give each gene of a cell once, with its whole count",
-            *(422, BAD_COUNTS),
+            error=UNKNOWN_GENE,
         )
 
 
@@ -351,7 +333,7 @@ def _checked_counts(
     try:
         return as_counts(raw.counts, locate, where="cells")
     except CountsError as error:
-        raise RequestError(error.detail, "send raw counts", 422, BAD_COUNTS) from error
+        raise UnprocessableError(error.detail, "send raw counts", error=BAD_COUNTS) from error
 
 
 def _align_genes(
@@ -365,5 +347,5 @@ def _align_genes(
         refuse_missing(registry.genes, found.missing, columns, allow_missing, "genes")
     except CountsError as error:
         fix = error.fix.replace("pass allow_missing=True", "set allow_missing to true")
-        raise RequestError(error.detail, fix, 422, UNKNOWN_GENE) from error
+        raise UnprocessableError(error.detail, fix, error=UNKNOWN_GENE) from error
     return inverse(found.columns, len(columns)), found.missing, found.extra

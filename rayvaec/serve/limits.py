@@ -20,6 +20,9 @@ class Limits:
     ----------
     max_body_bytes : int
         Largest body, as sent and once decompressed.
+    max_json_bytes : int
+        The same for JSON, of bodies and of parameters in an Arrow stream's schema: JSON takes
+        many times its size in memory, and other requests wait while it is parsed.
     max_cells : int
         Most cells a request.
     max_cost : int
@@ -48,6 +51,7 @@ class Limits:
     """
 
     max_body_bytes: int = 64 * 2**20
+    max_json_bytes: int = 8 * 2**20
     max_cells: int = 100_000
     max_cost: int = 4_000_000_000
     max_json_cost: int = 20_000_000
@@ -65,6 +69,12 @@ class Limits:
                     f"the limit {field.name} is {getattr(self, field.name)}",
                     "give a number above 0",
                 )
+
+    def body_bytes(self, kind: str) -> int:
+        """Return the largest body of a media type."""
+        return (
+            min(self.max_json_bytes, self.max_body_bytes) if kind == JSON else self.max_body_bytes
+        )
 
 
 def check_cost(

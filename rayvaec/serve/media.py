@@ -1,10 +1,10 @@
-"""Media types: what a request is, and what its answer shall be."""
+"""Content negotiation: the media types of a request and of its answer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rayvaec.errors import RequestError
+from rayvaec.errors import NotAcceptableError, UnsupportedMediaTypeError
 from rayvaec.serve.wire import ARROW, H5AD, JSON
 
 _UPLOADS_ARE_OFF = (
@@ -31,16 +31,15 @@ def content_type(header: str | None, understood: Sequence[str], h5ad_uploads: bo
 
     Raises
     ------
-    RequestError
-        415 for any other.
+    UnsupportedMediaTypeError
+        For any other.
     """
     kind = (header or "").partition(";")[0].strip().lower()
     if kind not in understood:
-        raise RequestError(
+        raise UnsupportedMediaTypeError(
             f"Content-Type {kind[:60]!r} is not understood",
             f"send {' or '.join(understood)}"
             + ("" if h5ad_uploads or kind != H5AD else _UPLOADS_ARE_OFF),
-            *(415, "unsupported_media_type"),
         )
     return kind
 
@@ -59,15 +58,14 @@ def is_gzipped(header: str | None) -> bool:
 
     Raises
     ------
-    RequestError
-        415 for a compression other than gzip.
+    UnsupportedMediaTypeError
+        For a compression other than gzip.
     """
     encoding = (header or "identity").strip().lower()
     if encoding not in ("identity", "gzip"):
-        raise RequestError(
+        raise UnsupportedMediaTypeError(
             f"Content-Encoding {encoding[:60]!r} is not understood",
             "send the body as it is or with gzip; Arrow streams may compress their buffers",
-            *(415, "unsupported_media_type"),
         )
     return encoding == "gzip"
 
@@ -86,8 +84,8 @@ def accepted(header: str | None) -> str:
 
     Raises
     ------
-    RequestError
-        406 if none that can be given is accepted.
+    NotAcceptableError
+        If none that can be given is accepted.
     """
     header = header or "*/*"
     best, best_weight = "", 0.0
@@ -99,10 +97,9 @@ def accepted(header: str | None) -> str:
         if kind in (JSON, ARROW, H5AD) and weight > best_weight:
             best, best_weight = kind, weight
     if not best:
-        raise RequestError(
+        raise NotAcceptableError(
             f"Accept {header[:60]!r} names nothing that can be given",
             f"accept {JSON}, {ARROW} or {H5AD}",
-            *(406, "not_acceptable"),
         )
     return best
 

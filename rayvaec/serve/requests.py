@@ -1,4 +1,4 @@
-"""Bodies of requests, JSON or Arrow, to checked tasks."""
+"""Requests, as JSON or Arrow, to checked tasks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
-from rayvaec.errors import RequestError
+from rayvaec.errors import UnprocessableError
 from rayvaec.infer.cells import Cells
 from rayvaec.infer.trained import TrainedModel
 from rayvaec.serve.cells import (
@@ -41,11 +41,13 @@ from rayvaec.serve.tasks import DenseTask, Drawing, DrawTask, Task
 from rayvaec.serve.wire import (
     ARROW,
     RawCells,
+    StreamLimits,
     decode_cells,
+    name_column,
     number_column,
     read_table,
-    text_column,
 )
+from rayvaec.serve.wire.json_body import MAX_KEYS, decode_object
 
 Schema = TypeVar("Schema", bound=BaseModel)
 LARGEST_LIBRARY = 1e9
@@ -97,8 +99,11 @@ def sample_task(body: Body, model: TrainedModel, limits: Limits) -> Task:
     """
     raw, asked = _given_cells(body, SampleRequest, SampleParameters, model, limits)
     check_cost(
-        *(len(raw.indptr) - 1, model.registry.n_genes, asked.n_samples, limits),
-        ARROW if asked.reduce else body.answer,
+        len(raw.indptr) - 1,
+        model.registry.n_genes,
+        asked.n_samples,
+        limits=limits,
+        answer=ARROW if asked.reduce else body.answer,
     )
     aligned = align_cells(raw, asked.genes, asked.allow_missing, model.registry)
     return _drawing(body, model, limits, asked, aligned, raw.cell_ids)
@@ -106,10 +111,13 @@ def sample_task(body: Body, model: TrainedModel, limits: Limits) -> Task:
 
 def generate_task(body: Body, model: TrainedModel, limits: Limits) -> Task:
     """Read a request to /v1/generate; parameters, result and errors as in `sample_task`."""
-    new = _new_cells_arrow(body, limits) if body.kind == ARROW else _new_cells_json(body)
+    new = (_new_cells_arrow if body.kind == ARROW else _new_cells_json)(body, limits)
     check_cost(
-        *(new.n_cells, model.registry.n_genes, new.asked.n_samples, limits),
-        ARROW if new.asked.reduce else body.answer,
+        new.n_cells,
+        model.registry.n_genes,
+        new.asked.n_samples,
+        limits=limits,
+        answer=ARROW if new.asked.reduce else body.answer,
     )
     labels = list(new.labels) * new.n_cells if len(new.labels) == 1 else new.labels
     cells = Cells(
@@ -137,8 +145,8 @@ class _NewCells:
     asked: DrawParameters
 
 
-def _new_cells_json(body: Body) -> _NewCells:
-    asked = _validated_json(GenerateRequest, body.data)
+def _new_cells_json(body: Body, limits: Limits) -> _NewCells:
+    asked = _validated(GenerateRequest, _decoded(body, limits))
     labels = [asked.label] if asked.labels is None else asked.labels
     n_cells = (asked.n_cells or 1) if asked.labels is None else len(asked.labels)
     library = np.asarray(asked.library, np.float64)
@@ -147,14 +155,17 @@ def _new_cells_json(body: Body) -> _NewCells:
 
 def _new_cells_arrow(body: Body, limits: Limits) -> _NewCells:
     batch, parameters = read_table(
-        body.data, limits.max_body_bytes, ("label", "library"), ("batch", "cell_id")
+        body.data,
+        _stream_limits(limits),
+        required=("label", "library"),
+        optional=("batch", "cell_id"),
     )
     return _NewCells(
         n_cells=batch.num_rows,
-        labels=text_column(batch, "label") or [],
+        labels=name_column(batch, "label") or [],
         library=number_column(batch, "library"),
-        batches=text_column(batch, "batch"),
-        cell_ids=text_column(batch, "cell_id"),
+        batches=name_column(batch, "batch"),
+        cell_ids=name_column(batch, "cell_id"),
         asked=_validated(DrawParameters, parameters),
     )
 
@@ -167,8 +178,16 @@ def latent_task(body: Body, model: TrainedModel, limits: Limits) -> Task:
     n_latent = model.module.config.n_latent
     widths = {"mean": n_latent, "variance": n_latent}
     facts = _facts(model, aligned)
-    about = (aligned.cells, model.registry.n_genes, widths, None, raw.cell_ids, facts)
-    return _checked(DenseTask("latent", *about), body, limits)
+    task = DenseTask(
+        kind="latent",
+        cells=aligned.cells,
+        n_genes=model.registry.n_genes,
+        widths=widths,
+        columns=None,
+        names=raw.cell_ids,
+        facts=facts,
+    )
+    return _checked(task, body, limits)
 
 
 def expression_task(body: Body, model: TrainedModel, limits: Limits) -> Task:
@@ -180,8 +199,16 @@ def expression_task(body: Body, model: TrainedModel, limits: Limits) -> Task:
     n_genes = model.registry.n_genes
     widths = {"expression": n_genes if columns is None else len(columns)}
     facts = _facts(model, aligned)
-    about = (aligned.cells, n_genes, widths, columns, raw.cell_ids, facts)
-    return _checked(DenseTask("expression", *about), body, limits)
+    task = DenseTask(
+        kind="expression",
+        cells=aligned.cells,
+        n_genes=n_genes,
+        widths=widths,
+        columns=columns,
+        names=raw.cell_ids,
+        facts=facts,
+    )
+    return _checked(task, body, limits)
 
 
 def _given_cells(
@@ -193,9 +220,9 @@ def _given_cells(
 ) -> tuple[RawCells, Schema]:
     """Return the cells and the parameters; for JSON, the request is its own parameters."""
     if body.kind == ARROW:
-        raw, parameters = decode_cells(body.data, limits.max_body_bytes)
+        raw, parameters = decode_cells(body.data, _stream_limits(limits))
         return raw, _validated(parameters_type, parameters)
-    request: Any = _validated_json(request_type, body.data)
+    request: Any = _validated(request_type, _decoded(body, limits))
     n_columns = model.registry.n_genes if request.genes is None else len(request.genes)
     arrays = raw_counts(request.cells, n_columns)
     return RawCells(request.labels, *arrays, request.batches, request.cell_ids), request
@@ -247,17 +274,17 @@ def _checked(task: Task, body: Body, limits: Limits) -> Task:
 
 def _library(values: NDArray[np.float64], n_cells: int) -> NDArray[np.float32]:
     if len(values) not in (1, n_cells):
-        raise RequestError(
+        raise UnprocessableError(
             f"library has {len(values)} entries for {n_cells} cells",
             "give one number for all cells, or one per cell",
-            *(422, "ragged_arrays"),
+            error="ragged_arrays",
         )
     bad = np.flatnonzero(~((values > 0) & (values <= LARGEST_LIBRARY)))
     if bad.size:
-        raise RequestError(
+        raise UnprocessableError(
             f"library[{bad[0]}] is {values[bad[0]]:g}",
             f"give total counts above 0 and up to {LARGEST_LIBRARY:g}",
-            *(422, "bad_counts"),
+            error="bad_counts",
         )
     return np.broadcast_to(values, n_cells).astype(np.float32)
 
@@ -269,8 +296,14 @@ def _validated(schema: type[Schema], parameters: Mapping[str, Any]) -> Schema:
         raise problem_of(error, schema) from error
 
 
-def _validated_json(schema: type[Schema], data: bytes) -> Schema:
-    try:
-        return schema.model_validate_json(data)
-    except ValidationError as error:
-        raise problem_of(error, schema) from error
+def _decoded(body: Body, limits: Limits) -> dict[str, Any]:
+    # Beside some of its own, a request has one list a cell where its counts are dense.
+    return decode_object(body.data, "the body", max_containers=limits.max_cells + MAX_KEYS)
+
+
+def _stream_limits(limits: Limits) -> StreamLimits:
+    return StreamLimits(
+        max_bytes=limits.max_body_bytes,
+        max_rows=limits.max_cells,
+        max_metadata_bytes=limits.max_json_bytes,
+    )

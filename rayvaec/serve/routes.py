@@ -229,7 +229,7 @@ def _add_work(
         gzipped = is_gzipped(request.headers.get("content-encoding"))
         answer = accepted(request.headers.get("accept"))
         length = request.headers.get("content-length")
-        data = await read_body(request.stream(), length, service.limits.max_body_bytes)
+        data = await read_body(request.stream(), length, service.limits.body_bytes(kind))
         query = request.query_params.multi_items()
         task = await service.read(route.reader, Sent(data, kind, gzipped, query, answer))
         del data

@@ -2,38 +2,70 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 
 from rayvaec.data.names import choices
-from rayvaec.errors import RequestError
+from rayvaec.errors import RequestError, UnprocessableError
+from rayvaec.serve.wire.entries import (
+    BadEntryError,
+    Rows,
+    read_chosen_genes,
+    read_genes,
+    read_integers,
+    read_names,
+    read_numbers,
+    read_rows,
+    shown,
+)
 
-# Bounds that keep every number within 64 bits; what the model makes of them is checked later.
-Index = Annotated[int, Field(strict=True, ge=-(2**62), le=2**62)]
-Value = Annotated[float, Field(strict=True)]
+
+def _one_or_more(value: Any) -> NDArray[Any]:
+    return read_numbers([value] if type(value) in (int, float) else value)
+
+
+def _list_schema(item: dict[str, Any], **more: Any) -> WithJsonSchema:
+    return WithJsonSchema({"type": "array", "items": item, **more})
+
+
+# Lists are checked as a whole; pydantic sees one value each.
+_NAME = {"type": ["string", "number", "boolean"]}
+_NUMBER = {"type": "number"}
+Names = Annotated[list[str | None], PlainValidator(read_names), _list_schema(_NAME)]
+Genes = Annotated[list[str], PlainValidator(read_genes), _list_schema(_NAME)]
+ChosenGenes = Annotated[
+    list[str], PlainValidator(read_chosen_genes), _list_schema(_NAME, minItems=1)
+]
+Integers = Annotated[
+    NDArray[np.int64], PlainValidator(read_integers), _list_schema({"type": "integer"})
+]
+Numbers = Annotated[NDArray[Any], PlainValidator(read_numbers), _list_schema(_NUMBER)]
+NumberRows = Annotated[
+    Rows, PlainValidator(read_rows), _list_schema({"type": "array", "items": _NUMBER})
+]
+OneOrMore = Annotated[
+    NDArray[Any],
+    PlainValidator(_one_or_more),
+    WithJsonSchema({"anyOf": [_NUMBER, {"type": "array", "items": _NUMBER}]}),
+]
 Text = Annotated[str, Field(strict=True)]
 Seed = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
 Reduction = Literal["mean", "var", "zero_fraction", "quantiles"]
 Quantile = Annotated[float, Field(strict=True, ge=0, le=1)]
 MOST_QUANTILES = 32
 NSamples = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
-OneOrMore = Annotated[
-    list[Value],
-    BeforeValidator(
-        lambda value: [value] if type(value) in (int, float) else value,
-        json_schema_input_type=float | list[float],
-    ),
-]
-OUT_GENES = Field(None, min_length=1, description="Names of the genes to return, in this order")
+OUT_GENES = Field(None, description="Names of the genes to return, in this order")
 
 
 class _Strict(BaseModel):
@@ -43,12 +75,12 @@ class _Strict(BaseModel):
 class Counts(_Strict):
     """Raw counts of the cells: a CSR matrix, or rows of all genes."""
 
-    indptr: list[Index] | None = Field(
+    indptr: Integers | None = Field(
         None, description="Where each cell's values begin, and one last end: n_cells + 1 numbers"
     )
-    indices: list[Index] | None = Field(None, description="The gene of each value, from 0")
-    counts: list[Value] | None = Field(None, description="The values: whole numbers, 0 or more")
-    dense: list[list[Value]] | None = Field(
+    indices: Integers | None = Field(None, description="The gene of each value, from 0")
+    counts: Numbers | None = Field(None, description="The values: whole numbers, 0 or more")
+    dense: NumberRows | None = Field(
         None, description="In place of the other three: one list of counts per cell"
     )
 
@@ -65,7 +97,7 @@ class Counts(_Strict):
 class CellsParameters(_Strict):
     """What a request says about its cells as a whole."""
 
-    genes: list[Text] | None = Field(
+    genes: Genes | None = Field(
         None, description="Names of the columns; without them, the columns are the model's genes"
     )
     allow_missing: Annotated[bool, Field(strict=True)] = Field(
@@ -81,15 +113,19 @@ class DrawParameters(_Strict):
         None, description="Seed of all draws; a random one, reported in the answer, by default"
     )
     reduce: list[Reduction] | None = Field(
-        None, min_length=1, description="Return these moments of the draws instead of the draws"
+        None,
+        min_length=1,
+        fail_fast=True,
+        description="Return these moments of the draws instead of the draws",
     )
     quantiles: list[Quantile] | None = Field(
         None,
         min_length=1,
         max_length=MOST_QUANTILES,
+        fail_fast=True,
         description="Which quantiles, from 0 to 1, where `reduce` asks for quantiles",
     )
-    out_genes: list[Text] | None = OUT_GENES
+    out_genes: ChosenGenes | None = OUT_GENES
 
     @model_validator(mode="after")
     def _quantiles_if_asked_for(self) -> Self:
@@ -107,17 +143,17 @@ class SampleParameters(CellsParameters, DrawParameters):
 class ExpressionParameters(CellsParameters):
     """Parameters of /v1/expression."""
 
-    out_genes: list[Text] | None = OUT_GENES
+    out_genes: ChosenGenes | None = OUT_GENES
 
 
 class _PerCell(_Strict):
-    cell_ids: list[Text] | None = Field(
+    cell_ids: Names | None = Field(
         None,
         description="Names of the cells: a cell's random numbers are keyed by its name, so the "
         "same name, counts and seed give the same draws in any request. The position in the "
         "request stands in where there are none",
     )
-    batches: list[Text] | None = Field(
+    batches: Names | None = Field(
         None, description="Experimental batch of each cell, for models with batches"
     )
 
@@ -126,7 +162,7 @@ class CellsRequest(_PerCell):
     """Given cells."""
 
     cells: Counts
-    labels: list[Text] = Field(description="Cell type of each cell")
+    labels: Names = Field(description="Cell type of each cell")
 
     @model_validator(mode="before")
     @classmethod
@@ -157,7 +193,7 @@ class GenerateRequest(_PerCell, DrawParameters):
     n_cells: Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)] | None = Field(
         None, description="Number of cells, beside `label`; 1 by default"
     )
-    labels: list[Text] | None = Field(None, description="Cell type of each cell")
+    labels: Names | None = Field(None, description="Cell type of each cell")
     library: OneOrMore = Field(
         description="Total counts a cell is expected to have: one number, or one per cell"
     )
@@ -273,19 +309,15 @@ def problem_of(error: ValidationError, model: type[BaseModel]) -> RequestError:
     Returns
     -------
     RequestError
-        400 for what is no JSON, 422 otherwise.
     """
     first = error.errors(include_url=False, include_context=True)[0]
     kind, message = first["type"], first["msg"]
-    if kind == "json_invalid":
-        return RequestError(
-            f"the body is no JSON ({message.removeprefix('Invalid JSON: ')})",
-            "send JSON, or an Arrow stream under its own Content-Type",
-            *(400, "undecodable"),
-        )
-    place = _place(first["loc"])
+    place, cause = _place(first["loc"]), first.get("ctx", {}).get("error")
     more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if kind == "extra_forbidden":
+    if isinstance(cause, BadEntryError):
+        entry = "".join(f"[{index}]" for index in cause.position)
+        detail, fix = f"{place}{entry} {cause.problem}", cause.fix
+    elif kind == "extra_forbidden":
         known = [name for name in model.model_fields if len(first["loc"]) == 1] or list(
             Counts.model_fields
         )
@@ -296,23 +328,13 @@ def problem_of(error: ValidationError, model: type[BaseModel]) -> RequestError:
         detail, fix = f"{place} {message.removeprefix('Value error, ')}", "see /docs"
     else:
         wanted = message.replace("Input should", "it should")
-        detail, fix = f"{place} is {_shown(first['input'])}", wanted[:1].lower() + wanted[1:]
-    return RequestError(detail + more, fix, 422, "invalid_request")
+        detail, fix = f"{place} is {shown(first['input'])}", wanted[:1].lower() + wanted[1:]
+    return UnprocessableError(detail + more, fix)
 
 
 def _place(location: tuple[int | str, ...]) -> str:
     """Write a location as it would be indexed: ``cells.counts[5]``."""
     text = ""
     for part in location:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+        text += f"[{part}]" if isinstance(part, int) else f".{part[:60]}" if text else part[:60]
     return text or "the request"
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float) and math.isnan(value):
-        return "NaN"
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes no integer of more than 4,300 digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 60 else f"{text[:60]}..."

@@ -39,12 +39,12 @@ def test_a_compressed_body_is_the_same_request(http):
     ("content", "words"),
     [
         (b"", "breaks off"),
-        (NEW, "is no gzip stream"),
+        (NEW, "is not a gzip stream"),
         (gzip.compress(NEW)[:-9], "breaks off"),
-        (gzip.compress(NEW)[:-4] + b"abcd", "is no gzip stream"),
+        (gzip.compress(NEW)[:-4] + b"abcd", "is not a gzip stream"),
         (gzip.compress(NEW) + b"more", "goes on after the end"),
         (gzip.compress(NEW) * 2, "goes on after the end"),
-        (gzip.compress(gzip.compress(NEW)), "the body is no JSON"),
+        (gzip.compress(gzip.compress(NEW)), "the body is not valid JSON"),
     ],
     ids=["empty", "plain", "cut", "wrong sum", "more", "two", "twice"],
 )

@@ -28,7 +28,7 @@ from rayvaec.serve.h5ad.reading import Columns, read_cells
 from rayvaec.serve.h5ad.sandbox import Sandbox, _refusal, receive, send
 from rayvaec.serve.limits import Limits
 from rayvaec.serve.service import Service
-from rayvaec.serve.wire import ARROW, H5AD, decode_cells
+from rayvaec.serve.wire import ARROW, H5AD, StreamLimits, decode_cells
 
 MEGABYTE = 2**20
 COLUMNS = Columns("cell_type")
@@ -175,7 +175,7 @@ def test_uploads_are_off_by_default(serve_with, trained, whole):
 
 def test_the_sandbox_gives_what_reading_gives(sandbox, whole, few):
     stream = sandbox.read(whole, COLUMNS, {"n_samples": 2})
-    cells, said = decode_cells(stream, MEGABYTE)
+    cells, said = decode_cells(stream, StreamLimits(max_bytes=MEGABYTE))
     assert said == {"n_samples": 2, "genes": few.var_names.tolist()}
     assert cells.labels == few.obs["cell_type"].tolist()
 
@@ -415,7 +415,7 @@ def test_a_damaged_file_is_read_or_refused(sandbox, whole, data):
     except RequestError as error:
         status = error.status
     else:
-        status, _ = 200, decode_cells(stream, 4 * MEGABYTE)
+        status, _ = 200, decode_cells(stream, StreamLimits(max_bytes=4 * MEGABYTE))
     assert status in (200, 400, 413, 422)
 
 

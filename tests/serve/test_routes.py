@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import time
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -12,10 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rayvaec.data.registry import Registry
 from rayvaec.errors import CountsError
 from rayvaec.infer import posterior
-from rayvaec.serve import service, wire
+from rayvaec.serve import requests, service, wire
 from rayvaec.serve.auth import digest
+from rayvaec.serve.limits import Limits
+from rayvaec.serve.requests import Body
 from rayvaec.serve.wire import ARROW, JSON, AnswerStream
 
 TOKEN = "0123456789abcdef0123"
@@ -349,13 +354,27 @@ CELLS_REFUSED = [
     ({"labels": ["type_0", "type_O", "type_0", "type_0", "type_0"]},
      "unknown label 'type_O'", "unknown_label"),
     ({"genes": [f"ENSG{i}" for i in range(120)]}, "has none of the 120 genes", "unknown_gene"),
-    ({"labels": [None] * 5}, "labels[0] is None", "invalid_request"),
+    ({"labels": ["type_0", None] + ["type_0"] * 3},
+     "labels has no label for 1 of 5 cells, the first at position 1", "unknown_label"),
+    ({"labels": ["type_0"] * 4 + [["type_0"]]}, "labels[4] is ['type_0']", "invalid_request"),
+    ({"labels": "type_0"}, "labels is 'type_0'", "invalid_request"),
+    ({"labels": ["type_0"] * 4 + ["x" * 1001]}, "labels[4] is a name of 1,001 characters",
+     "invalid_request"),
+    ({"genes": [None] * 120}, "genes[0] is None", "invalid_request"),
+    ({"cells": {"indices": ["0"]}}, "cells.indices[0] is '0'", "invalid_request"),
+    ({"cells": {"indices": [0, True]}}, "cells.indices[1] is True", "invalid_request"),
+    ({"cells": {"indptr": [0, 2**63]}}, "cells.indptr[1] is 9223372036854775808",
+     "invalid_request"),
+    ({"cells": {"counts": [1, 2, None]}}, "cells.counts[2] is None", "invalid_request"),
+    ({"cells": {"dense": [[1, 2], [3, 4]]}}, "cells has dense beside", "invalid_request"),
     ({"cells": {"counts": "many"}}, "cells.counts is 'many'", "invalid_request"),
     ({"surprise": 1}, "unknown field surprise", "invalid_request"),
     ({"labels": None}, "labels is missing", "invalid_request"),
 ]  # fmt: skip
 DRAWS_REFUSED = [
     ({"n_samples": 0}, "n_samples is 0", "invalid_request"),
+    ({"n_samples": [1] * 1000}, "n_samples is [1, 1, 1, 1, 1, 1, ...]", "invalid_request"),
+    ({"out_genes": []}, "out_genes is []", "invalid_request"),
     ({"n_samples": -3}, "n_samples is -3", "invalid_request"),
     ({"n_samples": 1.5}, "n_samples is 1.5", "invalid_request"),
     ({"n_samples": "3"}, "n_samples is '3'", "invalid_request"),
@@ -406,25 +425,39 @@ def test_the_other_routes_refuse_the_same_cells(http, body, path, changes, words
         (float("nan"), "nan at cell {cell}, gene {gene} is not finite"),
     ],
 )
-@pytest.mark.parametrize("sent", ["json", "arrow"])
+@pytest.mark.parametrize("sent", ["json", "dense", "arrow"])
 def test_values_that_are_no_counts_are_named(http, body, trained, sent, value, words):
     position = body["cells"]["indptr"][2] + 1
     counts = [*body["cells"]["counts"]]
     counts[position] = value
     request = changed(body, cells={"counts": counts})
-    if sent == "json":
-        response = http.post(
-            "/v1/sample", content=json.dumps(request), headers={"Content-Type": JSON}
-        )
+    if sent == "arrow":
+        content, kind = arrow_body(request), ARROW
     else:
-        response = http.post(
-            "/v1/sample", content=arrow_body(request), headers={"Content-Type": ARROW}
-        )
-    said = problem(response, 422)
-    gene = trained.registry.genes[body["cells"]["indices"][position]]
-    assert words.format(cell=body["cell_ids"][2], gene=gene) in said["detail"]
-    assert said["error"] == "bad_counts"
+        if sent == "dense":
+            request = changed(body, cells=None) | {"dense": dense_rows(request)}
+        content, kind = json.dumps(request).encode(), JSON
+    response = http.post("/v1/sample", content=content, headers={"Content-Type": kind})
+    if kind == JSON and not np.isfinite(value):
+        said = problem(response, 400)
+        assert f"has {json.dumps(value)} at character " in said["detail"]
+        assert said["error"] == "undecodable"
+    else:
+        said = problem(response, 422)
+        gene = trained.registry.genes[body["cells"]["indices"][position]]
+        assert words.format(cell=body["cell_ids"][2], gene=gene) in said["detail"]
+        assert said["error"] == "bad_counts"
     assert "raw counts" in said["fix"]
+
+
+def dense_rows(request: dict[str, Any]) -> list[list[Any]]:
+    """Return a request's counts as one list of 120 a cell."""
+    indptr, indices, counts = (request["cells"][name] for name in ("indptr", "indices", "counts"))
+    rows = [[0] * 120 for _ in indptr[1:]]
+    for row, (first, last) in zip(rows, pairwise(indptr), strict=True):
+        for index, count in zip(indices[first:last], counts[first:last], strict=True):
+            row[index] = count
+    return rows
 
 
 @pytest.mark.parametrize(
@@ -445,10 +478,40 @@ def test_a_gene_index_out_of_range_is_named(http, body, sent, index):
     assert "from 0 to 119" in said["fix"]
 
 
-def test_a_gene_given_twice_is_named(http, body):
-    cells = {"indptr": [0, 1, 4, 4, 4, 4], "indices": [9, 4, 7, 4], "counts": [1, 1, 1, 1]}
-    said = problem(http.post("/v1/sample", json=changed(body, cells=cells)), 422)
-    assert f"cell {body['cell_ids'][1]} gives gene index 4 more than once" in said["detail"]
+@pytest.mark.parametrize("sent", ["json", "arrow"])
+def test_entries_of_the_same_gene_are_summed(http, body, sent):
+    def answer(cells: dict[str, Any]) -> httpx.Response:
+        request = changed(body, cells=cells)
+        content = json.dumps(request).encode() if sent == "json" else arrow_body(request)
+        kind = JSON if sent == "json" else ARROW
+        return http.post("/v1/sample", content=content, headers={"Content-Type": kind})
+
+    twice = {"indptr": [0, 1, 4, 4, 4, 4], "indices": [9, 4, 7, 4], "counts": [1, 200, 1, 200]}
+    once = {"indptr": [0, 1, 3, 3, 3, 3], "indices": [9, 4, 7], "counts": [1, 400, 1]}
+    assert answer(twice).content == answer(once).content
+    said = problem(answer({**twice, "counts": [1, 2**30, 1, 2**30]}), 422)
+    assert "2147483648" in said["detail"]
+    assert said["error"] == "bad_counts"
+
+
+def test_scalars_stand_for_their_text_as_names(trained):
+    registry = trained.registry
+    numbered = Registry(registry.genes, ("0", "1", "True"), "leiden", ("0", "1.5"), "batch")
+    cells = {"indptr": [0, 1, 1, 1], "indices": [0], "counts": [1]}
+    given = {"cells": cells, "labels": [0, "1", True], "batches": [0, 1.5, "0"]}
+    model: Any = SimpleNamespace(registry=numbered, hash="")
+    given |= {"cell_ids": [7, "8", 9], "n_samples": 1}
+    task = requests.sample_task(Body(json.dumps(given).encode(), JSON, JSON), model, Limits())
+    assert task.about.cells.labels.tolist() == [0, 1, 2]
+    assert task.about.cells.batches.tolist() == [0, 1, 0]
+    assert task.about.names == ["7", "8", "9"]
+
+
+def test_dense_rows_must_hold_numbers(http, body):
+    request = changed(body, cells=None)
+    dense = {"dense": [[1] * 120] * 4 + [[1] * 119 + ["2"]]}
+    said = problem(http.post("/v1/sample", json={**request, "cells": dense}), 422)
+    assert "cells.dense[4][119] is '2'" in said["detail"]
 
 
 def test_dense_rows_must_hold_every_gene(http, body):
@@ -484,6 +547,19 @@ def test_an_unknown_label_is_answered_with_the_nearest(http, body):
     labels = ["tipe_1", *body["labels"][1:]]
     said = problem(http.post("/v1/sample", json=changed(body, labels=labels)), 422)
     assert said["fix"].startswith("valid ones are type_1, ")
+
+
+def test_json_is_given_up_at_its_own_limit(serve_with, body):
+    http = serve_with(max_json_bytes=1000)
+    said = problem(http.post("/v1/sample", json=body), 413)
+    assert said["error"] == "body_too_large"
+    assert "the largest allowed is 1,000" in said["detail"]
+    packed = gzip.compress(json.dumps(body).encode())
+    headers = {"Content-Type": JSON, "Content-Encoding": "gzip"}
+    said = problem(http.post("/v1/sample", content=packed, headers=headers), 413)
+    assert "more than 1,000 bytes decompressed" in said["detail"]
+    arrow = http.post("/v1/sample", content=arrow_body(body), headers={"Content-Type": ARROW})
+    assert arrow.status_code == 200
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"not json", b"\xff\xfe\x00", b"[" * 10_000])

@@ -4,7 +4,9 @@ Cells go to the server, one row each::
 
     label: string, gene: list<int32>, count: list<int32>[, batch: string][, cell_id: string]
 
-Draws come back, one row per cell and draw, in the order of the cells and then of the draws::
+of any integer or float type in place of int32, and dictionaries, numbers or truth values in place
+of strings. Draws come back, one row per cell and draw, in the order of the cells and then of the
+draws::
 
     cell: int32, sample: int32, gene: list<int32>, count: list<int32>
 
@@ -29,11 +31,12 @@ from rayvaec.serve.wire.cells import (
     decode_cells,
     encode_cells,
     encode_new_cells,
+    name_column,
     number_column,
     read_table,
-    text_column,
 )
 from rayvaec.serve.wire.common import ARROW, END_OF_STREAM, H5AD, JSON, METADATA_KEY, stream_start
+from rayvaec.serve.wire.size import StreamLimits
 from rayvaec.serve.wire.stream import AnswerStream
 
 __all__ = [
@@ -46,6 +49,7 @@ __all__ = [
     "DrawnRows",
     "Form",
     "RawCells",
+    "StreamLimits",
     "cells_of",
     "decode_cells",
     "dense_schema",
@@ -55,9 +59,9 @@ __all__ = [
     "encode_draws",
     "encode_new_cells",
     "moments_as",
+    "name_column",
     "number_column",
     "read_table",
     "rows_as",
     "stream_start",
-    "text_column",
 ]

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from rayvaec.errors import RequestError
+from rayvaec.errors import PayloadTooLargeError, UndecodableError, UnprocessableError
 from rayvaec.serve.wire.common import END_OF_STREAM, METADATA_KEY, first_line, stream_start
-from rayvaec.serve.wire.size import unpacked_bytes
+from rayvaec.serve.wire.entries import (
+    MAX_NAME_LENGTH,
+    BadEntryError,
+    name_too_long,
+    read_names,
+)
+from rayvaec.serve.wire.json_body import decode_object
+from rayvaec.serve.wire.size import StreamLimits, check_batches, check_schema, messages
+
+_BYTES_PER_VALUE = 8
+"""What a gene and its count take as 32-bit integers, in whatever types they are sent."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +36,10 @@ class RawCells:
     ----------
     labels : list of str or None
         One per cell; None where the cell has none.
-    indptr, indices : arrays of int64
-        CSR, columns in the order of the request's genes.
+    indptr : array[n_cells + 1] of int64
+        CSR row pointers.
+    indices : array[n_values] of any integer type
+        Columns, in the order of the request's genes.
     counts : array[n_values]
         Any integer or float type.
     batches, cell_ids : list of str or None, optional
@@ -35,7 +48,7 @@ class RawCells:
 
     labels: list[str | None]
     indptr: NDArray[np.int64]
-    indices: NDArray[np.int64]
+    indices: NDArray[np.integer]
     counts: NDArray[Any]
     batches: list[str | None] | None = None
     cell_ids: list[str | None] | None = None
@@ -111,15 +124,15 @@ def _stream(
     return b"".join([stream_start(schema), bytes(batch.serialize()), END_OF_STREAM])
 
 
-def decode_cells(body: bytes, max_bytes: int) -> tuple[RawCells, dict[str, Any]]:
+def decode_cells(body: bytes, limits: StreamLimits) -> tuple[RawCells, dict[str, Any]]:
     """Read what `encode_cells`, or any other Arrow writer, wrote.
 
     Parameters
     ----------
     body : bytes
         An Arrow IPC stream.
-    max_bytes : int
-        Most memory that its columns may take once decompressed.
+    limits : StreamLimits
+        What it may take in memory, found out before it is read.
 
     Returns
     -------
@@ -133,33 +146,31 @@ def decode_cells(body: bytes, max_bytes: int) -> tuple[RawCells, dict[str, Any]]
         lists that do not match.
     """
     batch, parameters = read_table(
-        body, max_bytes, required=("label", "gene", "count"), optional=("batch", "cell_id")
+        body, limits, required=("label", "gene", "count"), optional=("batch", "cell_id")
     )
-    gene_ends, genes = _lists(batch, "gene")
-    count_ends, counts = _lists(batch, "count")
+    gene_ends, genes = _lists(batch, "gene", limits)
+    count_ends, counts = _lists(batch, "count", limits)
     if not np.array_equal(gene_ends, count_ends):
         row = int(np.argmax(np.diff(gene_ends) != np.diff(count_ends)))
-        raise RequestError(
+        raise UnprocessableError(
             f"gene and count are lists of {np.diff(gene_ends)[row]} and "
             f"{np.diff(count_ends)[row]} values at row {row}",
             "give one count for each gene of a cell",
-            *(422, "ragged_arrays"),
+            error="ragged_arrays",
         )
-    if genes.dtype.kind not in "iu":
-        raise _wrong_type("gene", batch, "list<int32>")
     cells = RawCells(
-        labels=text_column(batch, "label") or [],
+        labels=name_column(batch, "label") or [],
         indptr=gene_ends,
-        indices=genes.astype(np.int64),
+        indices=genes,
         counts=counts,
-        batches=text_column(batch, "batch"),
-        cell_ids=text_column(batch, "cell_id"),
+        batches=name_column(batch, "batch"),
+        cell_ids=name_column(batch, "cell_id"),
     )
     return cells, parameters
 
 
 def read_table(
-    body: bytes, max_bytes: int, required: Sequence[str], optional: Sequence[str]
+    body: bytes, limits: StreamLimits, required: Sequence[str], optional: Sequence[str]
 ) -> tuple[pa.RecordBatch, dict[str, Any]]:
     """Read a request's IPC stream into one record batch.
 
@@ -167,8 +178,8 @@ def read_table(
     ----------
     body : bytes
         An Arrow IPC stream.
-    max_bytes : int
-        Most memory that its columns may take once decompressed.
+    limits : StreamLimits
+        What it may take in memory.
     required, optional : sequence of str
         Names of the columns that must and that may be there; no others may.
 
@@ -183,42 +194,32 @@ def read_table(
         As `decode_cells`.
     """
     if not body.endswith(END_OF_STREAM):
-        raise RequestError(
+        raise UndecodableError(
             f"the body, {len(body):,} bytes, does not end as an Arrow IPC stream does",
             "send the whole stream, closed by its writer",
-            *(400, "undecodable"),
         )
     try:
-        unpacked = unpacked_bytes(body)
-        if unpacked > max_bytes:
-            raise RequestError(
-                f"the Arrow stream takes {unpacked:,} bytes decompressed, above {max_bytes:,}",
-                "send fewer cells a request",
-                *(413, "body_too_large"),
-            )
+        parts = messages(memoryview(body), limits)
+        check_schema(next(parts), limits)
         with pa.ipc.open_stream(pa.py_buffer(body)) as reader:
+            _check_columns(reader.schema, required, optional)
+            check_batches(parts, limits)
             table = reader.read_all()
         table.validate(full=True)
         batch = _one_batch(table)
-        parameters = json.loads((batch.schema.metadata or {}).get(METADATA_KEY, b"{}"))
-    except (pa.ArrowException, OSError, ValueError, struct.error) as error:
-        raise RequestError(
-            f"the body is no readable Arrow IPC stream ({first_line(error)})",
+    except (pa.ArrowException, OSError, ValueError, IndexError, StopIteration, struct.error) as e:
+        raise UndecodableError(
+            f"the body is no readable Arrow IPC stream ({first_line(e)})",
             "write it with pyarrow.ipc.new_stream or another Arrow library's stream writer",
-            *(400, "undecodable"),
-        ) from error
-    if not isinstance(parameters, dict):
-        raise RequestError(
-            f"the schema metadata under {METADATA_KEY.decode()!r} is not a JSON object",
-            'give the parameters as one, such as {"n_samples": 10}',
-            *(400, "undecodable"),
-        )
-    _check_columns(batch.schema.names, required, optional)
-    return batch, parameters
+        ) from e
+    metadata = (batch.schema.metadata or {}).get(METADATA_KEY, b"{}")
+    return batch, decode_object(metadata, f"the schema metadata under {METADATA_KEY.decode()!r}")
 
 
-def text_column(batch: pa.RecordBatch, name: str) -> list[str | None] | None:
-    """Return a column of strings, None where there is no such column.
+def name_column(batch: pa.RecordBatch, name: str) -> list[str | None] | None:
+    """Return a column of names, None where there is no such column.
+
+    Each text of a dictionary-encoded column is made once, whatever the number of its rows.
 
     Parameters
     ----------
@@ -233,16 +234,38 @@ def text_column(batch: pa.RecordBatch, name: str) -> list[str | None] | None:
 
     Raises
     ------
-    RequestError
-        422 if the column holds something else.
+    UnprocessableError
+        If a name is too long.
     """
     if name not in batch.schema.names:
         return None
     column = batch.column(name)
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise _wrong_type(name, batch, "string")
-    return column.to_pylist()
+    if not pa.types.is_dictionary(column.type):
+        return _names(column, name, range(len(column)))
+    present = column.indices.is_valid().to_numpy(zero_copy_only=False)
+    codes = column.indices.fill_null(0).to_numpy().astype(np.int64)
+    used, first, position = np.unique(codes[present], return_index=True, return_inverse=True)
+    texts = _names(column.dictionary.take(pa.array(used)), name, np.flatnonzero(present)[first])
+    rows = np.full(len(codes), len(used))
+    rows[present] = position
+    texts.append(None)
+    return [texts[row] for row in rows.tolist()]
+
+
+def _names(
+    values: pa.Array, name: str, rows: Sequence[int] | NDArray[np.int64]
+) -> list[str | None]:
+    """Return the names that stand in a column, each first in one of `rows`."""
+    try:
+        if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+            too_long = pc.greater(pc.binary_length(values), 4 * MAX_NAME_LENGTH)  # bytes of UTF-8
+            if (position := pc.index(too_long, True).as_py()) >= 0:
+                raise name_too_long(values[position].as_py(), position)
+        return read_names(values.to_pylist())
+    except BadEntryError as error:
+        raise UnprocessableError(
+            f"{name}[{rows[error.position[0]]}] {error.problem}", error.fix
+        ) from None
 
 
 def number_column(batch: pa.RecordBatch, name: str) -> NDArray[np.float64]:
@@ -258,16 +281,8 @@ def number_column(batch: pa.RecordBatch, name: str) -> NDArray[np.float64]:
     Returns
     -------
     array[n_rows] of float64
-
-    Raises
-    ------
-    RequestError
-        422 if the column holds something else.
     """
-    column = batch.column(name)
-    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
-        raise _wrong_type(name, batch, "float")
-    return column.to_numpy(zero_copy_only=False).astype(np.float64)
+    return batch.column(name).to_numpy(zero_copy_only=False).astype(np.float64)
 
 
 def _one_batch(table: pa.Table) -> pa.RecordBatch:
@@ -277,47 +292,75 @@ def _one_batch(table: pa.Table) -> pa.RecordBatch:
     return pa.RecordBatch.from_pylist([], schema=table.schema)
 
 
-def _lists(batch: pa.RecordBatch, name: str) -> tuple[NDArray[np.int64], NDArray[Any]]:
+def _lists(
+    batch: pa.RecordBatch, name: str, limits: StreamLimits
+) -> tuple[NDArray[np.int64], NDArray[Any]]:
     """Return offsets, from 0, and values of a column of number lists."""
     column = batch.column(name)
-    kind = column.type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-        raise _wrong_type(name, batch, "list<int32>")
-    if not (pa.types.is_integer(kind.value_type) or pa.types.is_floating(kind.value_type)):
-        raise _wrong_type(name, batch, "list<int32>")
     values = column.flatten()
+    n_bytes = len(values) * _BYTES_PER_VALUE
+    if n_bytes > limits.max_bytes:
+        raise PayloadTooLargeError(
+            f"the column {name!r} has {len(values):,} values, {n_bytes:,} bytes as pairs of 32-bit "
+            f"integers, above {limits.max_bytes:,}",
+            "send fewer cells a request",
+            error="body_too_large",
+        )
     if column.null_count or values.null_count:
-        raise RequestError(
+        raise UnprocessableError(
             f"the column {name!r} has nulls",
             "give an empty list for a cell without counts, and a number for each value",
-            *(422, "invalid_request"),
         )
     offsets = column.offsets.to_numpy().astype(np.int64)
     return offsets - offsets[0], values.to_numpy(zero_copy_only=False)
 
 
-def _check_columns(names: Sequence[str], required: Sequence[str], optional: Sequence[str]) -> None:
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
+
+
+def _is_name(kind: pa.DataType) -> bool:
+    """Return whether a column's entries are names: strings, or scalars that stand for them."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return is_text or pa.types.is_boolean(kind) or _is_number(kind)
+
+
+def _is_list(kind: pa.DataType, of: Callable[[pa.DataType], bool]) -> bool:
+    """Return whether a column's entries are lists; views and lists of one size are none."""
+    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and of(kind.value_type)
+
+
+# Types that read_table lets through, and what to write in place of others: in all of them, what a
+# column takes in memory is bounded by its buffers.
+_TYPES: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
+    "label": (_is_name, "string"),
+    "batch": (_is_name, "string"),
+    "cell_id": (_is_name, "string"),
+    "gene": (lambda kind: _is_list(kind, pa.types.is_integer), "list<int32>"),
+    "count": (lambda kind: _is_list(kind, _is_number), "list<int32>"),
+    "library": (_is_number, "double"),
+}
+
+
+def _check_columns(schema: pa.Schema, required: Sequence[str], optional: Sequence[str]) -> None:
+    """Refuse a schema without the columns of a request, or with others or of other types."""
+    names = list(schema.names)
+    fix = f"columns: {', '.join(required)}; optional: {', '.join(optional)}"
     for name in required:
-        if list(names).count(name) != 1:
+        if names.count(name) != 1:
             problem = "no" if name not in names else "more than one"
-            raise RequestError(
-                f"the Arrow stream has {problem} column {name!r}",
-                f"columns: {', '.join(required)}; optional: {', '.join(optional)}",
-                *(422, "invalid_request"),
-            )
-    known = [*required, *optional]
+            raise UnprocessableError(f"the Arrow stream has {problem} column {name!r}", fix)
     for name in names:
-        if name not in known or list(names).count(name) != 1:
-            raise RequestError(
-                f"the Arrow stream has an unknown or repeated column {name!r}",
-                f"columns: {', '.join(required)}; optional: {', '.join(optional)}",
-                *(422, "invalid_request"),
+        if name not in (*required, *optional) or names.count(name) != 1:
+            raise UnprocessableError(
+                f"the Arrow stream has an unknown or repeated column {name[:60]!r}", fix
             )
-
-
-def _wrong_type(name: str, batch: pa.RecordBatch, wanted: str) -> RequestError:
-    return RequestError(
-        f"the column {name!r} is of type {batch.schema.field(name).type}",
-        f"make it {wanted}",
-        *(422, "invalid_request"),
-    )
+    for name in names:
+        fits, wanted = _TYPES[name]
+        kind = schema.field(name).type
+        if not fits(kind):
+            raise UnprocessableError(
+                f"the column {name!r} is of type {str(kind)[:100]}", f"make it {wanted}"
+            )

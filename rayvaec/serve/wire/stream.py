@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rayvaec.errors import RequestError
+from rayvaec.errors import BrokenAnswerError
 from rayvaec.serve.wire.answers import DrawnRows
 from rayvaec.serve.wire.common import METADATA_KEY, first_line
 from rayvaec.serve.wire.flatbuffer import FlatTable
@@ -39,7 +39,7 @@ class AnswerStream:
 
     Raises
     ------
-    RequestError
+    BrokenAnswerError
         As `feed`.
     """
 
@@ -68,7 +68,7 @@ class AnswerStream:
 
         Raises
         ------
-        RequestError
+        BrokenAnswerError
             If they are no IPC stream.
         """
         self._rest += chunk
@@ -117,7 +117,7 @@ class AnswerStream:
 
         Raises
         ------
-        RequestError
+        BrokenAnswerError
             If the stream ended before the number of rows that it promised.
         """
         if self._schema is None or (self._rest and not self._ended):
@@ -163,7 +163,7 @@ class AnswerStream:
         batches, self._batches, self.n_waiting = self._batches, [], 0
         return batches
 
-    def _broken_off(self, error: Exception) -> RequestError:
+    def _broken_off(self, error: Exception) -> BrokenAnswerError:
         if self._schema is None:
             return _broken(f"is no readable Arrow stream ({first_line(error)})")
         return _broken(f"broke off after {self._seen} of {self._parameters.get('rows')} rows")
@@ -173,5 +173,5 @@ def _joined(parts: list[NDArray[np.int32]]) -> NDArray[np.int32]:
     return np.concatenate([np.zeros(0, np.int32), *parts])
 
 
-def _broken(what: str) -> RequestError:
-    return RequestError(f"the answer {what}", "send the request again", 502, "broken_answer")
+def _broken(what: str) -> BrokenAnswerError:
+    return BrokenAnswerError(f"the answer {what}", "send the request again")
