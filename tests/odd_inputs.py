@@ -7,6 +7,7 @@ finds.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,10 @@ def write_odd(odd: Odd, path: Path, prefix: str = "c") -> Path:
     )
     with anndata.settings.override(allow_write_nullable_strings=True, auto_shard_zarr_v3=True):
         write_elem(root, "/", adata)
+        if path.suffix == ".zarr":  # as AnnData.write_zarr does; what is changed later is not in it
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Consolidated metadata is currently not")
+                zarr.consolidate_metadata(path)
         odd.change(root)
     if isinstance(root, h5py.File):
         root.close()
@@ -364,6 +369,12 @@ ODD = {
     "counts in raw": Odd(normalised, layer="raw"),
     "counts in a layer": Odd(with_layer, layer="counts"),
     "float16": Odd(change=as_type(np.float16)),
+    "float16 in csc": Odd(
+        formed(sparse.csc_matrix), as_type(np.float16), external="is stored as csc and is read"
+    ),
+    "float16 in a dense matrix": Odd(
+        change=put("X", make_counts().astype(np.float16)), external="is stored as dense and is read"
+    ),
     "big-endian floats": Odd(change=as_type(">f4")),
     "big-endian integers": Odd(change=as_type(">i8")),
     "small integers": Odd(change=as_type(np.uint8)),

@@ -387,14 +387,18 @@ def test_inspect_says_how_to_train_on_it(tmp_path, capsys):
 @pytest.mark.usefixtures("ray_local")
 def test_a_run_on_a_foreign_store(tmp_path):
     x = make_counts()
-    path = write(tmp_path / "atlas.zarr", make_anndata(x))
+    path = write(tmp_path / "atlas.zarr", with_raw(x))
     run = tmp_path / "run"
     train = ["train", str(path), "--out", str(run), "--batch-size", "64", "--set", "n_hidden=16"]
-    assert main([*train, "--max-epochs", "1", "--labels-key", "cell_type"]) == 0
+    keys = ["--labels-key", "cell_type", "--layer", "raw"]
+    assert main([*train, "--max-epochs", "1", *keys]) == 0
     assert json.loads((run / "run.json").read_text())["store"] == str(path)
-    # A resumed run needs neither the option nor another survey.
-    assert _open(path, run, None, None).hash == open_store(path, KEYS).hash
-    assert main(["embed", str(run / "model"), str(path), "--out", str(tmp_path / "z.zarr")]) == 0
+    # A resumed run needs neither the options nor another survey.
+    store = open_store(f"{path}::raw", KEYS)
+    assert _open(path, run, None, None).hash == store.hash
+    embed = ["embed", str(run / "model"), str(path), "--out", str(tmp_path / "z.zarr")]
+    assert main(embed) == 2  # X is normalised
+    assert main([*embed, "--layer", "raw"]) == 0
     embedded = anndata.read_zarr(tmp_path / "z.zarr")
     assert embedded.obs_names.tolist() == [f"cell {row}" for row in range(N_CELLS)]
     assert np.isfinite(embedded.obsm["X_rayvaec"]).all()
