@@ -193,6 +193,11 @@ class ForeignStore(Store):
             return train + validation
         return tuple(Segment(number, 0, n) for number, n in enumerate(cells))
 
+    @property
+    def is_shuffled(self) -> bool:
+        """Whether rows are in random order; nobody has said so."""
+        return False
+
     def as_stored(self) -> Store:
         """Return the store with its rows in the order in which they lie."""
         return ForeignStore(
