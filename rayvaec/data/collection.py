@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from rayvaec.data.blobs import Blobs
 from rayvaec.data.integrity import check_text, verify_partitions
-from rayvaec.data.manifest import Manifest, PartitionInfo, Segment
+from rayvaec.data.manifest import Findings, Manifest, PartitionInfo, Segment
 from rayvaec.data.registry import Registry
 from rayvaec.data.remote import open_blobs
 from rayvaec.data.shards import Vector, ZarrVector, open_vector
@@ -21,8 +20,6 @@ from rayvaec.errors import StoreError
 from rayvaec.location import Location
 
 SPLITS = ("train", "validation", "all")
-DESCRIPTION = "store.json"
-"""Name of what `Store.share` writes where an address is not enough."""
 
 Span = tuple[Vector, int, int]
 """An array, and a range of its elements."""
@@ -143,6 +140,9 @@ class Store:
         Its files, where they are open already.
     """
 
+    findings: Findings | None = None
+    """Of an external store, what its survey found."""
+
     def __init__(self, path: Location, manifest: Manifest, blobs: Blobs | None = None) -> None:
         self.path = path
         self.manifest = manifest
@@ -163,21 +163,6 @@ class Store:
     def _order(self) -> tuple[Segment, ...]:
         """Return what the rows are, in order."""
         return self.manifest.segments()
-
-    def share(self, folder: Path) -> str:
-        """Return what another process opens this store by.
-
-        Parameters
-        ----------
-        folder : Path
-            Folder that the other process sees too, for what it needs to know beyond the address.
-
-        Returns
-        -------
-        str
-            For `rayvaec.data.store.open_store`.
-        """
-        return str(self.path)
 
     def as_stored(self) -> Store:
         """Return the store with its rows in the order in which they lie."""
