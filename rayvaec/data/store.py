@@ -135,8 +135,10 @@ def open_again(described: Path, where: Location, keys: ObsKeys | None = None) ->
         As `open_store`; and if another store lies where that one lay.
     """
     description = read_description(described)
-    where = where.absolute() if isinstance(where, Path) else where
-    if where in (described, description.location):
+    place, layer = split_store_layer(where)
+    place = place.absolute() if isinstance(place, Path) else place
+    known = description.manifest.sources[0].get("layer") or "X"
+    if place in (described, description.location) and layer in (None, known):
         return _open_described(description)
     store = open_store(where, keys)
     moved = description.findings is None and description.fits(store)
