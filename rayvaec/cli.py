@@ -16,6 +16,7 @@ from typing import NoReturn
 import rayvaec
 from rayvaec.commands import bridge, check, data, demo, infer, serve, train
 from rayvaec.errors import RayvaecError
+from rayvaec.messages import flags_in_messages
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,6 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A stop by `kill` or `ray job stop` cleans up just as one by the keyboard does.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        with flags_in_messages():
+            return _run(arguments, debug)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        root.removeHandler(to_stderr)
+        root.setLevel(levels[0])
+        httpx.setLevel(levels[1])
+
+
+def _run(arguments: argparse.Namespace, debug: bool) -> int:
+    try:
         arguments.run(arguments)
     except RayvaecError as error:
         return _report(f"error: {error}", error.exit_code, debug)
@@ -56,11 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report("interrupted", 130, debug)
     except Exception as error:
         return _report(f"failed: {type(error).__name__}: {error} (see --debug)", 1, debug)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        root.removeHandler(to_stderr)
-        root.setLevel(levels[0])
-        httpx.setLevel(levels[1])
     return 0
 
 

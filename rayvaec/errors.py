@@ -23,6 +23,8 @@
 
 from __future__ import annotations
 
+from rayvaec.messages import addressed
+
 
 class RayvaecError(Exception):
     """Base class; raised itself when the work failed though the input was right.
@@ -30,17 +32,26 @@ class RayvaecError(Exception):
     Parameters
     ----------
     detail : str
-        What is wrong, the offending value, and where it stands; no full stop at the end.
+        What is wrong, the offending value, and where it stands; no full stop at the end. Options
+        are named by their flags, see `rayvaec.messages`.
     fix : str
-        What the user can do about it; no full stop at the end.
+        What the user can do about it; likewise.
     """
 
     exit_code = 1
 
     def __init__(self, detail: str, fix: str = "") -> None:
         super().__init__(detail, fix)
-        self.detail = detail
-        self.fix = fix
+
+    @property
+    def detail(self) -> str:
+        """What is wrong, with options named as the reader gives them."""
+        return addressed(self.args[0])
+
+    @property
+    def fix(self) -> str:
+        """What the user can do about it, likewise."""
+        return addressed(self.args[1])
 
     def __str__(self) -> str:
         return f"{self.detail}; {self.fix}" if self.fix else self.detail

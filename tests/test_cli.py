@@ -150,7 +150,7 @@ def duplicate_genes(adata):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (logged, ["0.693", "cell_", "gene_", "--layer counts"]),
+        (logged, ["0.693", "cell_", "gene_", "--layer='counts'"]),
         (negative, ["-1", "cell_", "gene_"]),
         (not_a_number, ["nan", "cell_", "gene_"]),
         (infinite, ["inf", "cell_", "gene_"]),
@@ -221,7 +221,15 @@ def test_a_store_without_its_manifest_is_another_program_s(run, store_path, tmp_
 def test_a_folder_that_is_no_model_is_refused(run, store_path, tmp_path):
     (tmp_path / "model").mkdir()
     for words in (
-        ("sample", tmp_path / "model", store_path, "--out", tmp_path / "out", "--n-samples", 1),
+        (
+            "sample",
+            tmp_path / "model",
+            store_path,
+            "--out",
+            tmp_path / "out.zarr",
+            "--n-samples",
+            1,
+        ),
         ("serve", tmp_path / "model"),
     ):
         mistake(run(*words), str(tmp_path / "model"), "not a model folder")

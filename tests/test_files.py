@@ -42,7 +42,10 @@ def test_an_existing_output_is_refused_or_replaced(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").write_text("")
-    with pytest.raises(StoreError, match=r"out exists already.*--overwrite"), whole_output(out):
+    with (
+        pytest.raises(StoreError, match=r"out exists already.*`overwrite=True`"),
+        whole_output(out),
+    ):
         pass
     with whole_output(out, overwrite=True) as partial:
         partial.write_text("new")

@@ -37,7 +37,7 @@ def test_a_ray_that_is_connected_is_joined_and_left_running(ray_local):
     with ray_session():
         check_cpus(2, "two workers")
         with pytest.raises(
-            ConfigError, match=r"3 workers need 3 CPUs and Ray has 2.*--num-workers 2"
+            ConfigError, match=r"3 workers need 3 CPUs and Ray has 2.*`num_workers=2`"
         ):
             check_cpus(3, "3 workers")
     assert ray.is_initialized()
@@ -101,7 +101,7 @@ def test_what_this_machine_does_not_have_is_said_before_ray_starts(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     cpus = len(os.sched_getaffinity(0))
     check_cpus(cpus, "workers")
-    with pytest.raises(ConfigError, match=f"CPUs and this machine has {cpus}; use --num-workers"):
+    with pytest.raises(ConfigError, match=f"CPUs and this machine has {cpus}; use `num_workers="):
         check_cpus(cpus + 1, "workers")
 
 

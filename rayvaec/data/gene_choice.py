@@ -165,7 +165,7 @@ def _refuse_difference(inputs: Sequence[Input]) -> None:
                 f"genes differ: {len(only_first)} only in {first.path} "
                 f"({listing(only_first, 3)}), {len(only_other)} only in {other.path} "
                 f"({listing(only_other, 3)})",
-                "use --genes intersect (shared ones), union (absent ones count as zero) or FILE",
+                "use --genes=intersect (shared ones), union (absent ones count as zero) or FILE",
             )
 
 
@@ -211,13 +211,13 @@ def check_appended_genes(
             raise CountsError(
                 f"{source.path} lacks {len(found.missing)} of the store's {registry.n_genes} "
                 f"genes: {listing(found.missing)}",
-                "count them as zero with --genes union, or write a store of all inputs anew",
+                "count them as zero with --genes=union, or write a store of all inputs anew",
             )
         if found.extra and not drop_unknown:
             raise CountsError(
                 f"{source.path} has {len(found.extra)} genes that the store does not have: "
                 f"{listing(found.extra)}",
-                "leave them out with --genes intersect (or union, where others are absent), or "
+                "leave them out with --genes=intersect (or union, where others are absent), or "
                 "write a store of all inputs anew",
             )
         if 2 * n_shared < registry.n_genes:

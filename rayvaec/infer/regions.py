@@ -74,7 +74,7 @@ class Work:
     models : tuple of (str, str)
         Absolute path of each model, and the hash of what must lie there.
     store, store_hash : str
-        What `share` returned, and the hash of what must lie there.
+        What `Store.share` returned, and the hash of what must lie there.
     task : Task
         What to compute.
     regions : Regions

@@ -75,7 +75,7 @@ class AllowedHosts:
         if not self._allows(hosts[0]):
             raise RequestError(
                 f"this endpoint is not served as {hosts[0][:60]!r}",
-                "use localhost or 127.0.0.1, or start the server with --allowed-host NAME",
+                "use localhost or 127.0.0.1, or start the server with `--allowed-host NAME`",
                 *(421, "misdirected"),
             )
         if self._check_origin:

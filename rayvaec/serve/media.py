@@ -9,7 +9,7 @@ from rayvaec.serve.wire import ARROW, H5AD, JSON
 
 _UPLOADS_ARE_OFF = (
     ", as rayvaec.client does with an AnnData; h5ad uploads are off unless the server is started "
-    "with --enable-h5ad-uploads"
+    "with `--enable-h5ad-uploads`"
 )
 
 

@@ -141,7 +141,7 @@ def store_checkpoint(folder: Path, checkpoints: Path, name: str) -> Path:
         partial.rename(checkpoints / name)
 
     try:
-        patiently(f"the checkpoint {checkpoints / name}", copy, checkpoints)
+        patiently(f"the checkpoint {checkpoints / name}", copy)
     except RayvaecError:
         with suppress(OSError):
             remove(partial)
@@ -173,7 +173,8 @@ def read_checkpoint(
     values = _read_state(folder)
     if values is None:
         raise StoreError(
-            f"the checkpoint {folder} is damaged", "remove it, and --resume from the one before"
+            f"the checkpoint {folder} is damaged",
+            "remove it, and go on from the one before with --resume",
         )
     tensors = load_file(folder / TENSORS)
     weights = _under("model/", tensors)

@@ -3,7 +3,6 @@
 ::
 
     RUN/run.json         store, its hash, state of the run, result
-    RUN/store.json       the store as it was when the run began
     RUN/config.json      the resolved configuration, fit for --config
     RUN/metrics.jsonl    records                 RUN/progress.json   how far it is
     RUN/attempts.jsonl   when workers started    RUN/tensorboard/    the records as events
@@ -94,10 +93,13 @@ def read_run(path: Path) -> RunInfo:
             )
         return RunInfo(**values)
     except FileNotFoundError as error:
-        raise StoreError(f"{path} is not a run folder", "give the --out of a training") from error
+        raise StoreError(
+            f"{path} is not a run folder", "give the folder that a training wrote"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(
-            f"{path / RUN} is damaged: {error}", "start a new run, or --overwrite this one"
+            f"{path / RUN} is damaged: {error}",
+            "start a new run, or replace this one with --overwrite",
         ) from error
 
 
@@ -124,7 +126,7 @@ def check_new(out: Path, overwrite: bool) -> None:
     if is_run(out) and not overwrite:
         raise StoreError(
             f"the output {out} exists already: a run",
-            "choose another --out, --resume the run, or --overwrite it",
+            "choose another --out, go on with --resume, or replace the run with --overwrite",
         )
     if out.is_dir() and not any(out.iterdir()):
         return
@@ -250,7 +252,7 @@ def begin_again(out: Path, config: TrainConfig) -> Path | None:
         write_run(out, replace(read_run(out), status="running"))
         return newest
 
-    return patiently(f"{out}", prepare, out)
+    return patiently(f"{out}", prepare)
 
 
 def end(out: Path, status: str, result: dict[str, Any] | None = None) -> None:
@@ -265,7 +267,7 @@ def end(out: Path, status: str, result: dict[str, Any] | None = None) -> None:
     result : dict, optional
         What `TrainLoop.run` returned.
     """
-    patiently(f"{out}", lambda: note_end(out, status, result), out)
+    patiently(f"{out}", lambda: note_end(out, status, result))
 
 
 def note_end(out: Path, status: str, result: dict[str, Any] | None = None) -> None:

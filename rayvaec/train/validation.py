@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from rayvaec.data.row_sample import RowSample, sample_rows
 from rayvaec.data.store import Rows, Store
 from rayvaec.model.vaec import VAEC
 from rayvaec.train.noise import latent_noise
@@ -41,41 +39,43 @@ def validation_elbo(
     seed : int
         Seed of the noise.
     max_cells : int, optional
-        Use no more of them than this; `rayvaec.data.row_sample.sample_rows` chooses.
+        Use the first cells of the split only; the store's order is random.
 
     Returns
     -------
     float or None
         Nats a cell, higher is better, the same bits on every worker; None without such cells.
     """
-    sample = sample_rows(store, "validation", max_cells)
-    if not len(sample):
+    rows = store.rows("validation")
+    stop = rows.stop if max_cells is None else min(rows.stop, rows.start + max_cells)
+    if rows.start >= stop:
         return None
     total = 0.0
     was_training = module.training
     module.eval()
-    blocks = sample.parts(BLOCK_ROWS[ranks.device.type])
-    for cells, block in _read_ahead(store, blocks[ranks.rank :: ranks.world_size]):
+    blocks = range(rows.start, stop, BLOCK_ROWS[ranks.device.type])
+    for start, block in _read_ahead(
+        store, blocks[ranks.rank :: ranks.world_size], stop, blocks.step
+    ):
         x, y, batch_index = as_tensors(block, module)
+        cells = np.arange(start, start + len(block))
         noise = latent_noise(module, noise_seed(seed, "validation"), cells, 0)
         output = module.minibatch_loss(x, y, batch_index, noise=noise)
         total -= float((output.reconstruction_loss + output.kl_local).double().sum())
     module.train(was_training)
-    return ranks.sums(total)[0] / len(sample)
+    return ranks.sums(total)[0] / (stop - rows.start)
 
 
-def _read_ahead(
-    store: Store, blocks: Iterable[RowSample]
-) -> Iterator[tuple[NDArray[np.int64], Rows]]:
-    """Yield row numbers and rows of some blocks, reading the next one in the background."""
+def _read_ahead(store: Store, starts: range, stop: int, n_rows: int) -> Iterator[tuple[int, Rows]]:
+    """Yield blocks of rows, reading the next one in the background."""
 
-    def read(block: RowSample) -> tuple[NDArray[np.int64], Rows]:
-        return block.rows, store.read_runs(block.runs)
+    def read(start: int) -> tuple[int, Rows]:
+        return start, store.read(start, min(start + n_rows, stop))
 
-    ahead: Future[tuple[NDArray[np.int64], Rows]] | None = None
+    ahead: Future[tuple[int, Rows]] | None = None
     with ThreadPoolExecutor(1, thread_name_prefix="rayvaec-validation") as reader:
-        for block in blocks:
-            ready, ahead = ahead, reader.submit(read, block)
+        for start in starts:
+            ready, ahead = ahead, reader.submit(read, start)
             if ready is not None:
                 yield ready.result()
         if ahead is not None:

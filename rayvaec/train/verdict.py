@@ -5,7 +5,6 @@ Ray's controller imports this module, which therefore imports little.
 
 from __future__ import annotations
 
-import errno
 import re
 import time
 from collections.abc import Mapping
@@ -17,12 +16,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from rayvaec.errors import RayvaecError
 from rayvaec.train.metrics import append_loss
-from rayvaec.train.storage import (
-    UNREACHABLE,
-    StorageLostError,
-    error_number,
-    lasting_failure,
-)
+from rayvaec.train.storage import FULL, StorageLostError, error_number, no_room
 
 POLL_SECONDS = 0.5
 
@@ -95,7 +89,8 @@ class WaitLimit(ControllerCallback):
         if waited > self._max_wait:
             raise RayvaecError(
                 f"there was no room for {self._who} for {waited:.0f} s",
-                "free CPUs and GPUs or add nodes, then --resume; --set max_wait=... waits longer",
+                "free CPUs and GPUs or add nodes, then go on with --resume; "
+                "--set max_wait=... waits longer",
             )
         if previous_state is current_state:
             time.sleep(POLL_SECONDS)  # the controller itself would ask again without a pause
@@ -181,16 +176,16 @@ def _of_controller(cause: BaseException) -> RayvaecError:
     if isinstance(cause, RayvaecError):
         return cause
     number = error_number(cause)
-    if number in UNREACHABLE or number == errno.ENOENT:  # the folder may be away
+    if number in FULL:
+        return no_room("the record of checkpoints")
+    if number is not None:
         return StorageLostError(
             f"the run's checkpoints could not be kept: {_one_line(cause)}",
-            "--resume when the storage is back",
+            "go on with --resume when the storage is back",
         )
-    if number is not None:
-        return lasting_failure("the record of checkpoints", cause)
     return RayvaecError(
         f"Ray could not run the training: {_one_line(cause)}",
-        "check that the cluster's CPUs and GPUs are free, then --resume",
+        "check that the cluster's CPUs and GPUs are free, then go on with --resume",
     )
 
 

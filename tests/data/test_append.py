@@ -125,7 +125,7 @@ def test_new_labels_need_to_be_allowed(old, write_input, counts, caplog):
     with pytest.raises(CountsError) as caught:
         append(old, path)
     assert f"2 labels are new to the store {old}: new, typ 1" in caught.value.detail
-    assert "--new-labels" in caught.value.fix
+    assert "`new_labels=True`" in caught.value.fix
     manifest = append(old, path, new_labels=True)
     assert manifest.registry.labels == ("type 0", "type 1", "type 2", "new", "typ 1")
     assert manifest.cells_per_label == (20, 10, 10, 10, 10)
@@ -234,7 +234,7 @@ def test_what_an_interrupted_append_left_in_the_store_goes_away(old, write_input
 
 def test_only_stores_are_appended_to(write_input, counts, tmp_path):
     path = write_input(counts)
-    with pytest.raises(StoreError, match="there is no store at .*; leave --append out"):
+    with pytest.raises(StoreError, match="there is no store at .*; leave `append=True` out"):
         append(tmp_path / "nothing", path)
     other = write_input(counts, "c.zarr")
     with pytest.raises(StoreError, match="is not a store that rayvaec wrote"):

@@ -40,7 +40,7 @@ def test_sizes(text, size):
 
 @pytest.mark.parametrize("text", ["", "G", "-1G", "0", "4 apples", "1e9"])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(ConfigError, match="--memory is .*; give a size such as 4G"):
+    with pytest.raises(ConfigError, match="`memory` is .*; give a size such as 4G"):
         parse_bytes(text)
 
 
@@ -64,9 +64,9 @@ def test_the_least_that_works_is_said_and_works(write_input, counts, tmp_path):
     config = PrepareConfig("cell_type", memory=50 * MIB)
     with pytest.raises(ConfigError) as caught:
         prepare([path], tmp_path / "store", config)
-    assert "--memory is 50M, too little for 30 cells with up to" in caught.value.detail
+    assert "`memory` is 50M, too little for 30 cells with up to" in caught.value.detail
     assert sorted(tmp_path.iterdir()) == [path]
-    least = parse_bytes(re.search(r"use --memory (\w+) or more", caught.value.fix)[1])
+    least = parse_bytes(re.search(r"use `memory=(\w+)` or more", caught.value.fix)[1])
     with pytest.raises(ConfigError, match="too little"):
         prepare([path], tmp_path / "store", replace(config, memory=least - 60 * MIB))
     prepare([path], tmp_path / "store", replace(config, memory=least + 10 * MIB))
@@ -107,7 +107,7 @@ def test_inputs_share_the_names_of_their_genes(write_input):
         np.testing.assert_array_equal(columns[-1], np.arange(1, 20_000))
         with pytest.raises(ConfigError, match="too little") as caught:
             plan_memory(config, sources, n_genes)
-        needed.append(parse_bytes(re.search(r"--memory (\w+) or more", caught.value.fix)[1]))
+        needed.append(parse_bytes(re.search(r"`memory=(\w+)` or more", caught.value.fix)[1]))
     assert needed[1] < needed[0] + 16 * MIB  # without sharing: 600 MiB
 
 

@@ -236,7 +236,7 @@ def test_a_value_that_is_no_count_is_refused(write_input, counts, tmp_path, form
         prepare([path], tmp_path / "store", LABELS)
     assert f"{path}, X: {np.float32(value)} at cell a_17, gene g5 is" in str(caught.value)
     if value == 0.5:
-        assert caught.value.fix == "pass raw counts, such as --layer counts (layers: counts)"
+        assert caught.value.fix == "pass raw counts, such as `layer='counts'` (layers: counts)"
     assert sorted(tmp_path.iterdir()) == [path]
     config = PrepareConfig("cell_type", layer="counts")
     manifest = prepare([path], tmp_path / "store", config)
@@ -342,7 +342,7 @@ def test_partitions_are_smaller_where_memory_is_short(
     manifest = prepare([path], tmp_path / "small", LABELS)
     assert manifest.options["partition_elements"] == 15
     assert len(manifest.partitions) == -(-manifest.nnz // 15)
-    assert "partitions get 15 values instead of 60, as --memory allows no more" in caplog.text
+    assert "partitions get 15 values instead of 60, as `memory` allows no more" in caplog.text
 
 
 def test_genes_that_differ_are_refused(write_input, counts, tmp_path):
@@ -353,7 +353,7 @@ def test_genes_that_differ_are_refused(write_input, counts, tmp_path):
         f"genes differ: 11 only in {paths[0]} (g1, g2, g3 and 8 more), 9 only in {paths[1]} (A, B"
         in str(caught.value)
     )
-    assert "--genes intersect" in caught.value.fix
+    assert "`genes='intersect'`" in caught.value.fix
     none = write_input(counts[:, :9], "c.h5ad", genes=list("ABCDEFGHI"))
     with pytest.raises(CountsError, match=r"no gene is in all inputs \(.*a.h5ad: g0, g1, g2 and 9"):
         prepare([paths[0], none], tmp_path / "store", PrepareConfig("cell_type", genes="intersect"))
@@ -446,7 +446,7 @@ def test_an_input_with_nothing_in_it_is_refused(write_input, tmp_path, shape, wh
 def test_cells_without_counts_are_refused_or_left_out(write_input, counts, tmp_path):
     counts[[4, 9]] = 0
     paths = [write_input(counts + 1, "b.h5ad"), write_input(counts)]
-    with pytest.raises(CountsError, match=r"2 of 60 cells have no counts .*a_4 in .*--drop-empty"):
+    with pytest.raises(CountsError, match=r"2 of 60 cells have no .*a_4 in .*`drop_empty=True`"):
         prepare(paths, tmp_path / "store", LABELS)
     config = PrepareConfig("cell_type", drop_empty=True, block_elements=40)
     manifest = prepare(paths, tmp_path / "store", config)
@@ -462,7 +462,7 @@ def test_cells_without_counts_are_refused_or_left_out(write_input, counts, tmp_p
 def test_an_output_that_exists_is_kept_unless_overwritten(write_input, counts, tmp_path):
     path, out = write_input(counts), tmp_path / "store"
     first = prepare([path], out, LABELS)
-    with pytest.raises(StoreError, match="store exists already; .*--overwrite"):
+    with pytest.raises(StoreError, match="store exists already; .*`overwrite=True`"):
         prepare([path], out, LABELS)
     bad = write_input(counts * 0.5, "b.h5ad")
     with pytest.raises(CountsError):
@@ -476,7 +476,7 @@ def test_an_output_that_exists_is_kept_unless_overwritten(write_input, counts, t
 def test_outputs_and_inputs_that_overlap_are_refused(write_input, counts, tmp_path):
     path = write_input(counts, "a.zarr")
     for out in (path, path / "store", tmp_path):
-        with pytest.raises(StoreError, match="overlap; choose another --out"):
+        with pytest.raises(StoreError, match="overlap; choose another `out`"):
             prepare([path], out, LABELS, overwrite=True)
     assert path.is_dir()
     with pytest.raises(ConfigError, match="is given twice"):
@@ -495,12 +495,12 @@ def test_too_little_room_is_said_at_once(write_input, counts, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"val_fraction": 1.0}, "--val-fraction is 1.0; use a number from 0"),
-        ({"val_fraction": -0.1}, "--val-fraction is -0.1"),
-        ({"val_fraction": float("nan")}, "--val-fraction is nan"),
-        ({"seed": -1}, "--seed is -1"),
-        ({"num_workers": 0}, "--num-workers is 0; use 1 or more"),
-        ({"rows_per_chunk": 0}, "--rows-per-chunk is 0"),
+        ({"val_fraction": 1.0}, "`val_fraction` is 1.0; use a number from 0"),
+        ({"val_fraction": -0.1}, "`val_fraction` is -0.1"),
+        ({"val_fraction": float("nan")}, "`val_fraction` is nan"),
+        ({"seed": -1}, "`seed` is -1"),
+        ({"num_workers": 0}, "`num_workers` is 0; use 1 or more"),
+        ({"rows_per_chunk": 0}, "`rows_per_chunk` is 0"),
         ({"codec": "gzip"}, "no codec 'gzip'; choose one of lz4, zstd"),
         ({"batch_key": "cell_type"}, "are both read from obs column 'cell_type'"),
     ],

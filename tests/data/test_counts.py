@@ -78,7 +78,7 @@ def test_the_fix_names_a_layer_that_exists():
         check(np.array([0.5]), layers=["scaled", "raw_counts"])
     assert (
         caught.value.fix
-        == "pass raw counts, such as --layer raw_counts (layers: scaled, raw_counts)"
+        == "pass raw counts, such as `layer='raw_counts'` (layers: scaled, raw_counts)"
     )
     with pytest.raises(CountsError, match=r"such as layer='scaled'"):
         check(np.array([0.5]), layers=["scaled"], option="layer=")

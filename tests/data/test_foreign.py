@@ -22,7 +22,6 @@ from rayvaec.data import Loader, open_store
 from rayvaec.data.audit import label_distance
 from rayvaec.data.foreign import split
 from rayvaec.data.inputs.obs import ObsKeys
-from rayvaec.data.store import share
 from rayvaec.errors import ConfigError, CountsError, StoreError
 from rayvaec.train.trainer import _open
 
@@ -194,7 +193,7 @@ def test_another_process_opens_it_by_its_description(tmp_path):
     path = write(tmp_path / "atlas.zarr", make_anndata(x))
     before = sorted(file.name for file in path.rglob("*"))
     store = open_store(path, KEYS)
-    shared = share(store, tmp_path)
+    shared = store.share(tmp_path)
     assert sorted(file.name for file in path.rglob("*")) == before  # nothing is written into it
     again = open_store(shared)
     assert (again.path, again.hash, again.n_train) == (path, store.hash, store.n_train)
@@ -325,7 +324,7 @@ def test_a_layer_of_counts_is_named(tmp_path):
     adata.layers["counts"] = adata.X.copy()
     adata.X = adata.X * 0.5
     path = write(tmp_path / "atlas.zarr", adata)
-    with pytest.raises(CountsError, match=r"raw counts, such as --layer counts \(layers: counts\)"):
+    with pytest.raises(CountsError, match=r"counts, such as `layer='counts'` \(layers: counts\)"):
         open_store(path, KEYS)
 
 
@@ -333,7 +332,7 @@ def test_columns_are_listed(tmp_path):
     path = write(tmp_path / "atlas.zarr", make_anndata(make_counts(), donor="a"))
     with pytest.raises(CountsError, match="no obs column 'celltype'; the columns are cell_type, d"):
         open_store(path, ObsKeys("celltype"))
-    with pytest.raises(StoreError, match="name its obs column of cell types with --labels-key"):
+    with pytest.raises(StoreError, match="name its obs column of cell types with `labels_key`"):
         open_store(path)
     with pytest.raises(ConfigError, match="labels and batches are both read from obs column 'a'"):
         ObsKeys("a", "a")
@@ -376,7 +375,7 @@ def test_inspect_says_how_to_train_on_it(tmp_path, capsys):
     assert shown.startswith(f"AnnData that rayvaec did not write: {path}\n")
     assert "  columns  cell_type, donor\n" in shown
     assert f"rayvaec train {path} --out RUN --labels-key KEY" in shown
-    share(open_store(path, KEYS), tmp_path)
+    open_store(path, KEYS).share(tmp_path)
     assert main(["inspect", str(tmp_path / "store.json")]) == 0
     shown = capsys.readouterr().out
     assert "400: 360 for training, 40 for validation, drawn with seed 0" in shown
@@ -429,7 +428,7 @@ def with_raw(x):
 def test_a_layer_of_a_foreign_store_is_read(tmp_path, version):
     x = make_counts()
     path = write(tmp_path / "atlas.zarr", with_raw(x), version)
-    with pytest.raises(CountsError, match=r"raw counts, such as --layer raw \(layers: raw\)"):
+    with pytest.raises(CountsError, match=r"raw counts, such as `layer='raw'` \(layers: raw\)"):
         open_store(path, KEYS)
     store = open_store(path, ObsKeys("cell_type", layer="raw"))
     assert_holds(store, x)
@@ -448,7 +447,7 @@ def test_a_layer_on_a_web_server(tmp_path, serve_files):
     x = make_counts()
     write(tmp_path / "atlas.zarr", with_raw(x))
     server = serve_files(tmp_path)
-    with pytest.raises(CountsError, match=r"such as --layer raw \(layers: raw\)"):
+    with pytest.raises(CountsError, match=r"such as `layer='raw'` \(layers: raw\)"):
         open_store(f"{server.url}/atlas.zarr", KEYS)
     assert_holds(open_store(f"{server.url}/atlas.zarr::raw", KEYS), x)
 
@@ -456,5 +455,5 @@ def test_a_layer_on_a_web_server(tmp_path, serve_files):
 def test_a_store_of_prepare_has_no_layers(random_store):
     with pytest.raises(StoreError, match=r"has no layer 'raw'.*; leave out ::raw"):
         open_store(f"{random_store.path}::raw", KEYS)
-    with pytest.raises(ConfigError, match="--layer is raw and the store .* was made with none"):
+    with pytest.raises(ConfigError, match="`layer` is raw and the store .* was made with none"):
         _open(random_store.path, None, None, None, "raw")

@@ -89,7 +89,7 @@ def test_layers_and_raw_are_read(write_input, counts, tmp_path, name):
 
 
 def test_the_choice_without_layers(write_input, counts):
-    with pytest.raises(CountsError, match=r"has no layer 'counts'; leave out --layer to read X"):
+    with pytest.raises(CountsError, match=r"has no layer 'counts'; leave out `layer` to read X"):
         Input(write_input(counts), "counts")
 
 
@@ -161,7 +161,7 @@ def test_a_file_without_x_is_refused(counts, tmp_path):
     path = tmp_path / "a.h5ad"
     frame = pd.DataFrame(index=[f"c{i}" for i in range(30)])
     anndata.AnnData(obs=frame, layers={"spliced": counts}).write_h5ad(path)
-    with pytest.raises(CountsError, match=r"has no X; use --layer NAME \(layers: spliced\)"):
+    with pytest.raises(CountsError, match=r"has no X; use `layer=NAME` \(layers: spliced\)"):
         Input(path)
 
 

@@ -98,7 +98,7 @@ def test_killed_work_goes_on_to_the_same_bytes(
     whole = prepare(inputs, tmp_path / "whole", CONFIG)
     kill(target, calls, out, inputs)
     assert not out.exists()
-    with pytest.raises(StoreError, match=f"{progress}.*; go on with --resume, or start over with"):
+    with pytest.raises(StoreError, match=f"{progress}.*; go on with `resume=True`, or start over"):
         prepare(inputs, out, CONFIG)
     finished = [path.stem.removeprefix("partition-") for path in work.glob("partition-*.json")]
     before = {name: states(work / f"store/dataset_{name}") for name in finished}
@@ -162,18 +162,18 @@ def interrupted(inputs, out, monkeypatch, config=CONFIG, **options):
 
 
 CHANGES = [
-    ({"seed": 3}, "--seed was 0 and is 3"),
-    ({"codec": "zstd"}, '--codec was "lz4" and is "zstd"'),
-    ({"genes": "union"}, '--genes was null and is "union"'),
-    ({"val_fraction": 0.5}, "--val-fraction was 0.1 and is 0.5"),
-    ({"partition_elements": 61}, "--partition-elements was 60 and is 61"),
+    ({"seed": 3}, "`seed` was 0 and is 3"),
+    ({"codec": "zstd"}, '`codec` was "lz4" and is "zstd"'),
+    ({"genes": "union"}, '`genes` was null and is "union"'),
+    ({"val_fraction": 0.5}, "`val_fraction` was 0.1 and is 0.5"),
+    ({"partition_elements": 61}, "`partition_elements` was 60 and is 61"),
 ]
 
 
 def test_other_work_is_not_gone_on_with(inputs, write_input, counts, tmp_path, monkeypatch, caplog):
     out = tmp_path / "store"
     interrupted(inputs, out, monkeypatch)
-    assert "--resume goes on (1 of 5 partitions are written)" in caplog.text
+    assert "`resume=True` goes on (1 of 5 partitions are written)" in caplog.text
     for change, problem in CHANGES:
         with pytest.raises(ConfigError, match=problem):
             prepare(inputs, out, replace(CONFIG, **change), resume=True)
@@ -321,7 +321,7 @@ def test_what_may_pass_can_be_gone_on_from(inputs, tmp_path, monkeypatch, lost):
         patch.setattr("rayvaec.data.partition_jobs.gather", fault)
         with pytest.raises(type(lost)):
             prepare(inputs, out, CONFIG)
-    with pytest.raises(StoreError, match="0 of 5 partitions are written.*go on with --resume"):
+    with pytest.raises(StoreError, match="0 of 5 partitions are written.*go on with `resume=True`"):
         prepare(inputs, out, CONFIG)
     prepare(inputs, out, CONFIG, resume=True)
     open_store(out).verify()

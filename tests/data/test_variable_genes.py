@@ -124,7 +124,7 @@ def test_a_store_holds_the_chosen_genes_alone(write_input, tmp_path):
     genes = chosen([path], 25)
     kept = x[:, [int(gene[1:]) for gene in genes]]
     assert not kept[[3, 50]].any()
-    with pytest.raises(CountsError, match=r"have no counts in the 25 genes, .*a_3 in .*drop-empty"):
+    with pytest.raises(CountsError, match=r"have no counts in the 25 genes, .*a_3 in .*drop_empty"):
         prepare([path], tmp_path / "store", PrepareConfig("cell_type", n_top_genes=25))
     config = PrepareConfig("cell_type", n_top_genes=25, drop_empty=True, block_elements=400)
     manifest = prepare([path], tmp_path / "store", config)
@@ -154,7 +154,7 @@ def test_the_choice_is_among_the_genes_asked_for(write_input, tmp_path):
 
 def test_numbers_of_genes_that_cannot_be_are_refused(write_input, tmp_path):
     for n in (0, -3):
-        with pytest.raises(ConfigError, match=f"--n-top-genes is {n}; use 1 or more"):
+        with pytest.raises(ConfigError, match=f"`n_top_genes` is {n}; use 1 or more"):
             PrepareConfig("cell_type", n_top_genes=n)
     path = write_input(draw(30, 40, 0))
     config = PrepareConfig("cell_type", n_top_genes=41)

@@ -248,7 +248,7 @@ def test_a_store_without_held_out_cells_is_refused(tmp_path: Path) -> None:
     registry = open_store(tmp_path / "store").registry
     model = _save(tmp_path / "model", list(registry.genes), list(registry.labels))
     out = tmp_path / "report"
-    with pytest.raises(StoreError, match=r"no validation cells; .*--split train.*--val-fraction"):
+    with pytest.raises(StoreError, match=r"no validation cells; .*`split='train'`.*`val_fraction="):
         check_store(model, tmp_path / "store", out)
     assert not list(tmp_path.glob("report*"))
 

@@ -32,7 +32,7 @@ def test_work_of_another_plan_is_kept_unless_it_may_be_removed(begun: RunState) 
     with pytest.raises(StoreError) as caught:
         RunState(begun.out, {"seed": 1, "reduce": ["mean"]})
     assert "seed was 0 and is 1, reduce was" in caught.value.detail
-    assert "--overwrite to start anew" in caught.value.fix
+    assert "`overwrite=True` to start anew" in caught.value.fix
     assert RunState(begun.out, {"seed": 0}).finished("regions", [3]) == {3: {}}
     other = RunState(begun.out, {"seed": 1}, overwrite=True)
     assert not other.is_resuming
@@ -64,7 +64,7 @@ def test_work_that_another_version_left_is_refused(tmp_path: Path, plan: str) ->
     folder = tmp_path / "out.zarr.partial"
     (folder / "parts").mkdir(parents=True)
     (folder / "plan.json").write_text(plan)
-    with pytest.raises(StoreError, match=r"another version of rayvaec .*--overwrite"):
+    with pytest.raises(StoreError, match=r"another version of rayvaec .*`overwrite=True`"):
         RunState(tmp_path / "out.zarr", {"seed": 0})
     assert (folder / "parts").exists()
     assert not RunState(tmp_path / "out.zarr", {"seed": 0}, overwrite=True).is_resuming

@@ -52,7 +52,7 @@ def test_the_arguments_of_a_config_file_are_checked():
     with pytest.raises(ConfigError, match="'a/b' cannot be the name of a model"):
         ServeArgs.model_validate({"models": {"a/b": "m"}})
     for wrong in ("four", "2-1", "0-2", -1):
-        with pytest.raises(ConfigError, match=f"--num-replicas {wrong} "):
+        with pytest.raises(ConfigError, match=f"`num_replicas` {wrong} "):
             ServeArgs.model_validate({"model": "m", "num_replicas": wrong})
     with pytest.raises(ConfigError, match="limit max_cells is 0"):
         ServeArgs.model_validate({"model": "m", "limits": {"max_cells": 0}})
@@ -99,7 +99,7 @@ def test_a_taken_port_is_refused_and_a_free_one_found():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.1 is in use; .*--port"):
+        with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.1 is in use; .*`port`"):
             check_port("127.0.0.1", port)
     assert check_port("127.0.0.1", port) == port
     assert check_port("127.0.0.1", 0) > 1023

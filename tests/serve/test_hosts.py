@@ -121,7 +121,7 @@ def test_listed_hosts_are_answered_with_any_port(listed, host, allowed, has_toke
 
 @pytest.mark.parametrize("name", NOT_HOSTS)
 def test_what_is_not_a_host_name_cannot_be_listed(name):
-    with pytest.raises(ConfigError, match="--allowed-host .* is not a host name"):
+    with pytest.raises(ConfigError, match="`allowed_hosts` .* is not a host name"):
         AllowedHosts([name], has_token=True)
 
 

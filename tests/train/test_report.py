@@ -96,5 +96,7 @@ def test_a_run_is_described(
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="is not a run folder; give the --out of a training"):
+    with pytest.raises(
+        StoreError, match="is not a run folder; give the folder that a training wrote"
+    ):
         describe_run(tmp_path)

@@ -35,7 +35,7 @@ def test_a_run_says_what_it_is(begun: Path, store: Store) -> None:
 
 
 def test_what_is_in_the_way_is_refused(begun: Path, tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="exists already: a run; .*--resume the run, or"):
+    with pytest.raises(StoreError, match="exists already: a run; .*go on with `resume=True`, or"):
         folder.check_new(begun, overwrite=False)
     folder.check_new(begun, overwrite=True)
     folder.check_new(tmp_path / "new", overwrite=False)

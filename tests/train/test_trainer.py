@@ -186,7 +186,7 @@ def test_what_ray_does_not_have_is_said_at_once(
 def test_what_is_wrong_is_said_before_ray_starts(store_path: Path, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="there is no store at"):
         train(tmp_path / "none", tmp_path / "run")
-    with pytest.raises(ConfigError, match="--resume and --overwrite exclude each other"):
+    with pytest.raises(ConfigError, match="`resume=True` and `overwrite=True` exclude each other"):
         train(store_path, tmp_path / "run", resume=True, overwrite=True)
     with pytest.raises(StoreError, match="there is no run at"):
         train(store_path, tmp_path / "run", resume=True)

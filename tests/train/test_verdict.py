@@ -39,7 +39,7 @@ def test_a_foreign_error_becomes_one_line() -> None:
     assert found.exit_code == 1
     assert str(found) == (
         "the training failed: worker 1: OSError: [Errno 28] No space left on device; "
-        "--resume goes on from the last checkpoint"
+        "`resume=True` goes on from the last checkpoint"
     )
     found = as_own_error(ControllerError(RuntimeError("no\nresources")))
     assert str(found).startswith("Ray could not run the training: RuntimeError: no resources; ")
@@ -75,7 +75,9 @@ def test_losses_between_two_checkpoints_are_counted(tmp_path: Path) -> None:
         FailureLimit(-1, tmp_path).after_exception(None, lost)
     survived = len(read_losses(tmp_path))
     assert survived == 10 + 2 + 1 + 9
-    with pytest.raises(RayvaecError, match=r"the training failed: worker 1: .*--resume goes on"):
+    with pytest.raises(
+        RayvaecError, match=r"the training failed: worker 1: .*`resume=True` goes on"
+    ):
         FailureLimit(0, tmp_path).after_exception(None, lost)
     assert len(read_losses(tmp_path)) == survived
 
@@ -114,7 +116,7 @@ def test_waiting_for_room_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     limit.after_controller_state_update(waiting, running)
     wait_until(55.0)
     wait_until(114.0)
-    with pytest.raises(RayvaecError, match="no room for 2 to 8 workers for 61 s; .*--resume"):
+    with pytest.raises(RayvaecError, match="no room for 2 to 8 workers for 61 s; .*`resume=True`"):
         wait_until(116.0)
 
 

@@ -20,7 +20,7 @@ def as_counts(
     *,
     where: str,
     layers: Sequence[str] = (),
-    option: str = "--layer ",
+    option: str = "--layer=",
 ) -> NDArray[np.int32]:
     """Check every value and return the values as integers.
 
@@ -35,7 +35,7 @@ def as_counts(
     layers : sequence of str
         Layers that could be read instead, named in the fix for values that are not counts.
     option : str
-        How the reader of the message names a layer: ``"--layer "``, ``"layer="`` or
+        How the reader of the message names a layer: ``"--layer="``, ``"layer="`` or
         ``"?layer="``.
 
     Returns
@@ -91,5 +91,5 @@ def _fix(layers: Sequence[str], option: str) -> str:
     if not layers:
         return "pass raw counts (these look normalised or scaled, and there are no other layers)"
     example = next((name for name in layers if "count" in name.lower()), layers[0])
-    quoted = f"'{example}'" if option == "layer=" else example
+    quoted = example if option.startswith("?") else repr(example)
     return f"pass raw counts, such as {option}{quoted} (layers: {listing(layers)})"

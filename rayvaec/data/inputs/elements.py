@@ -454,7 +454,7 @@ class AnnDataGroup:
     access : Access
         What reads it, and what to call it in messages.
     layer_option : str
-        How the reader of a message names a layer, such as ``"--layer "``.
+        How the reader of a message names a layer, such as ``"--layer="``.
 
     Attributes
     ----------
@@ -467,7 +467,7 @@ class AnnDataGroup:
         If it is something else than an AnnData; the message says what, where that is known.
     """
 
-    def __init__(self, root: Any, access: Access, layer_option: str = "--layer ") -> None:
+    def __init__(self, root: Any, access: Access, layer_option: str = "--layer=") -> None:
         self._root, self._access, self._option = root, access, layer_option
         frames = [access.child(root, name) for name in ("obs", "var")]
         if None in frames or root.attrs.get("encoding-type") == "MuData":

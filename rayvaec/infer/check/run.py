@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rayvaec.data.names import listing
-from rayvaec.data.row_sample import RowSample, sample_rows
 from rayvaec.data.store import Store
 from rayvaec.errors import ModelError, RayvaecError, StoreError
 from rayvaec.infer.bulk_job import Inputs
@@ -92,18 +91,17 @@ def _check_comparable(inputs: Inputs) -> None:
             )
 
 
-def _rows(store: Store, config: CheckConfig) -> RowSample:
-    """Choose the cells to check, in an order in which every region stands for all of them."""
-    rows = sample_rows(store, config.split, config.max_cells)
-    if not len(rows):
+def _rows(store: Store, config: CheckConfig) -> range:
+    rows = store.rows(config.split)
+    if not rows:
         instead = "train" if config.split == "validation" else "all"
         raise StoreError(
             f"the store {store.path} has no {config.split} cells",
-            f"check with --split {instead}"
+            f"check with --split={instead}"
             + ", which flatters a model that was trained on them, or prepare the store again with "
             "--val-fraction 0.1" * (config.split == "validation"),
         )
-    return rows if store.is_shuffled else rows.mixed()
+    return rows[: config.max_cells]
 
 
 def _panels(inputs: Inputs) -> Iterator[Panel]:
