@@ -23,6 +23,7 @@ from rayvaec.kernels import transfer
 from rayvaec.kernels.keys import normal_noise
 from rayvaec.model.draws import BLOCK_ROWS
 from rayvaec.model.inputs import code_column
+from rayvaec.model.precision import in_working_precision
 from rayvaec.model.vaec import VAEC
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ class Shares:
 
     @torch.no_grad()
     def __init__(self, module: VAEC, z: Tensor, y: Tensor, batch_index: Tensor | None) -> None:
+        module = in_working_precision(module)
         self._module, self._label = module, y.reshape(-1)
         self._hidden = module.decoder_hidden(z, y, batch_index, BLOCK_ROWS)
         parts = [torch.logsumexp(self._log_mass(genes), 1) for genes in gene_blocks(module)]

@@ -70,7 +70,7 @@ def _log_weights(
     keys = np.tile(np.pad(keys, (0, BLOCK_ROWS - len(keys))), STACKED)
     x, y = _stacked(block.x), block.y.repeat(STACKED, 1)
     batch_index = None if block.batch_index is None else block.batch_index.repeat(STACKED, 1)
-    factor = torch.ones(len(y), device=device)
+    factor = qz.loc.new_ones(len(y))
     for first in range(0, n_samples, STACKED):
         samples = np.arange(MARGINAL_SAMPLE + first, MARGINAL_SAMPLE + first + STACKED)
         keyed = normal_noise(seed, keys, np.repeat(samples, BLOCK_ROWS), n_latent)

@@ -26,6 +26,7 @@ from rayvaec.kernels.nb_sample import Draws
 from rayvaec.kernels.threads import run_all, thread_count
 from rayvaec.model.draws import BLOCK_ROWS, GROUP_BLOCKS, KeyedRows, draw_rows, padded
 from rayvaec.model.inputs import CellTensors, code_column
+from rayvaec.model.precision import working_dtype
 from rayvaec.model.vaec import VAEC
 
 ELBO_SAMPLE = 2**63
@@ -96,7 +97,8 @@ def encoded(module: VAEC, cells: Cells) -> tuple[Tensor, Tensor]:
         On the model's device.
     """
     device, n_cells = _device(module), len(cells)
-    loc = torch.empty(n_cells, module.config.n_latent, device=device)
+    shape = (n_cells, module.config.n_latent)
+    loc = torch.empty(shape, dtype=working_dtype(module), device=device)
     scale = torch.empty_like(loc)
 
     @torch.no_grad()  # a setting per thread
@@ -127,7 +129,7 @@ def latent(module: VAEC, cells: Cells) -> tuple[NDArray[np.float32], NDArray[np.
     tuple of NDArray[n_cells, n_latent]
     """
     loc, scale = encoded(module, cells)
-    return transfer.to_host(loc), transfer.to_host(scale**2)
+    return transfer.to_host(loc.float()), transfer.to_host((scale**2).float())
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from rayvaec.infer import posterior
 from rayvaec.infer.cells import Cells
 from rayvaec.kernels import transfer
 from rayvaec.model.losses import MIXTURE_FLOOR
+from rayvaec.model.precision import in_working_precision
 from rayvaec.model.vaec import VAEC
 
 MOST_POINTS = 2**16
@@ -116,6 +117,7 @@ def prior_of(points: Points, n_labels: int, p: int, seed: int) -> dict[str, NDAr
 
 def learned_prior(module: VAEC) -> dict[str, NDArray[np.float64]]:
     """Return the mixture prior of a model that has one, in the same form."""
+    module = in_working_precision(module)
     deviation = module.prior_log_std.exp() + MIXTURE_FLOOR
     prior = {
         "mean_vprior": module.prior_means,

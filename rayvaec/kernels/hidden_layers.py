@@ -160,7 +160,9 @@ def hidden_layers(
         table_codes[:, j] = code.numpy()
         table_codes[:, j] += 1
     _check(n_in, table_codes, layers)
-    masks = [torch.ones(n_cells, len(bias)) if mask is None else mask for _, bias, mask in layers]
+    masks = [
+        bias.new_ones(n_cells, len(bias)) if mask is None else mask for _, bias, mask in layers
+    ]
     stack = _Stack(products, table_codes, len(layers), eps)
     counts = x.tensors if isinstance(x, CsrCounts) else (None, None, None)
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]

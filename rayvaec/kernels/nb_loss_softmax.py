@@ -222,7 +222,7 @@ class _Work:
         )
         self.library = inputs.library.float().contiguous().numpy()
         self.factor = inputs.factor.float().contiguous().numpy()
-        self.loss = torch.empty(inputs.x.n_cells)
+        self.loss = torch.empty(inputs.x.n_cells, dtype=torch.float32)
         self.grads = Gradients(*(torch.empty_like(leaf) for leaf in inputs[:4]))
         self.buffer, self.sums = _buffers(chunk_rows(inputs.x), inputs.x.n_genes)
         self.want = want
@@ -282,7 +282,8 @@ def _buffers(height: int, n_genes: int) -> tuple[Tensor, NDArray[np.float32]]:
     """
     kept = getattr(_workspace, "buffers", None)
     if kept is None or kept[0].shape != (height, n_genes):
-        kept = torch.empty(height, n_genes), np.empty((_PIECES, 3, n_genes), np.float32)
+        rows = torch.empty(height, n_genes, dtype=torch.float32)
+        kept = rows, np.empty((_PIECES, 3, n_genes), np.float32)
         _workspace.buffers = kept
     kept[1].fill(0)
     return kept

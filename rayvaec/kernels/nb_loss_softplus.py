@@ -199,7 +199,7 @@ class _Work:
         self.library = inputs.library.float().contiguous().numpy()
         self.factor = inputs.factor.float().contiguous().numpy()
         self.sums = np.zeros((3, inputs.x.n_genes), _F)
-        self.loss = torch.empty(inputs.x.n_cells)
+        self.loss = torch.empty(inputs.x.n_cells, dtype=torch.float32)
         self.grads = Gradients(*(torch.empty_like(leaf) for leaf in inputs[:4]))
         self.want = want
 
@@ -281,6 +281,6 @@ def _buffer(name: str, shape: tuple[int, ...]) -> Tensor:
     """
     kept, size = getattr(_workspace, name, None), math.prod(shape)
     if kept is None or len(kept) < size:
-        kept = torch.empty(size)
+        kept = torch.empty(size, dtype=torch.float32)
         setattr(_workspace, name, kept)
     return kept[:size].view(shape)

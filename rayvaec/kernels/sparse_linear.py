@@ -90,7 +90,7 @@ class _Sparse(torch.autograd.Function):
         columns = products.columns(weight)
         with single_threaded_torch():
             if beside is None:
-                out = torch.zeros(x.n_cells, len(weight))
+                out = weight.new_zeros(x.n_cells, len(weight))
             else:
                 out = beside @ _beside_columns(weight, beside, x.n_genes).t()
         into = out.numpy()

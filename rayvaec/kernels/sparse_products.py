@@ -142,7 +142,7 @@ class SparseProducts:
         """
         kept, shape = getattr(_workspace, "columns", None), (self.n_genes, len(weight))
         if kept is None or kept.shape != shape:
-            kept = _workspace.columns = torch.empty(shape)
+            kept = _workspace.columns = torch.empty(shape, dtype=torch.float32)
         source = weight.detach()
 
         def copy(first: int, last: int) -> None:
@@ -180,7 +180,7 @@ class SparseProducts:
         def tile(number: int, first: int, last: int) -> None:
             kept = getattr(_workspace, "tile", None)
             if kept is None or kept.shape[1] != len(grad):
-                kept = _workspace.tile = torch.empty(_TILE_GENES, len(grad))
+                kept = _workspace.tile = torch.empty(_TILE_GENES, len(grad), dtype=torch.float32)
             block = kept[: last - first]
             arguments = self._places, self._indices, self._values, grad_out
             _backward(*arguments, block.numpy(), number, first)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Self
+
+import numpy as np
 
 from rayvaec.errors import ConfigError
 
@@ -20,6 +23,8 @@ _CHOICES = {
 @dataclass(frozen=True)
 class VAECConfig:
     """What a VAEC is built from.
+
+    Numbers and truth values may be numpy's; None stands for an argument's default.
 
     Parameters
     ----------
@@ -74,6 +79,11 @@ class VAECConfig:
     n_fine_labels: int | None = None
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.default is not MISSING:
+                value = field.default
+            object.__setattr__(self, field.name, _plain(field.name, str(field.type), value))
         self._check_ranges()
         self._check_choices()
         self._check_ct_weight()
@@ -158,7 +168,35 @@ class VAECConfig:
                     f"VAEC has no argument {name!r}",
                     f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}",
                 )
-        values = dict(values)
-        if values.get("ct_weight") is not None:
-            values["ct_weight"] = tuple(float(weight) for weight in values["ct_weight"])
         return cls(**values)
+
+
+def _plain(name: str, kind: str, value: Any) -> Any:
+    """Return an argument as Python's own type; numpy's and torch's numbers are taken as well."""
+    try:
+        if name == "ct_weight":
+            return None if value is None else tuple(float(weight) for weight in value)
+        if kind == "float":
+            return float(_number(value))
+        if kind == "bool":
+            return _truth(value)
+        # What is not a whole number is out of range, and refused as that.
+        whole = kind.startswith("int") and not isinstance(value, bool)
+        return operator.index(value) if whole else value
+    except (TypeError, ValueError) as error:
+        if kind.startswith("int"):
+            return value
+        what = {"float": "a number", "bool": "True or False"}.get(kind, "one number a label")
+        raise ConfigError(f"VAEC: {name}={value!r} does not fit", f"give {what}") from error
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool | np.bool_ | str):
+        raise TypeError
+    return value
+
+
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError
+    return bool(value)

@@ -23,6 +23,7 @@ from rayvaec.kernels.decoded_draws import draw_decoded
 from rayvaec.kernels.keys import normal_noise, position_keys
 from rayvaec.kernels.nb_sample import Draws, draw_counts, join_rows
 from rayvaec.kernels.threads import run_all, thread_count
+from rayvaec.model.precision import in_working_precision
 
 if TYPE_CHECKING:
     from rayvaec.model.vaec import VAEC
@@ -85,6 +86,7 @@ def draw_rows(module: VAEC, loc: Tensor, scale: Tensor, rows: KeyedRows) -> Draw
     """
     keyed = normal_noise(rows.seed, rows.keys, rows.samples, loc.shape[1])
     z = loc + scale * transfer.to_device(keyed, loc.device)
+    module = in_working_precision(module)
     draw = draw_fused if z.device.type == "cpu" else draw_decoded_blocks
     return draw(module, z, rows)
 

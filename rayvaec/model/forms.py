@@ -126,9 +126,11 @@ def standard_mixture(n_labels: int, n_latent: int) -> dict[str, Tensor]:
     """
     # A component's deviation is exp(prior_log_std) + 1e-4.
     return {
-        "prior_means": torch.zeros(n_labels, 1, n_latent),
-        "prior_log_std": torch.full((n_labels, 1, n_latent), math.log1p(-1e-4)),
-        "prior_logits": torch.zeros(n_labels, 1),
+        "prior_means": torch.zeros(n_labels, 1, n_latent, dtype=torch.float32),
+        "prior_log_std": torch.full(
+            (n_labels, 1, n_latent), math.log1p(-1e-4), dtype=torch.float32
+        ),
+        "prior_logits": torch.zeros(n_labels, 1, dtype=torch.float32),
     }
 
 
@@ -176,9 +178,7 @@ def build(arguments: Mapping[str, Any], state: State) -> VAEC:
         finite.
     """
     try:
-        # Without memory for its weights: shapes that do not go together could ask for any amount.
-        with torch.device("meta"):
-            module = VAEC(**arguments)
+        module = without_memory(arguments)
     except ConfigError as error:
         raise ModelError(f"the weights are of no VAEC: {error}") from error
     expected = module.state_dict()
@@ -203,8 +203,46 @@ def build(arguments: Mapping[str, Any], state: State) -> VAEC:
     for name, value in state.items():
         if not torch.isfinite(value).all():
             raise ModelError(f"the weight {name!r} holds values that are not finite")
-    module.load_state_dict(
-        {name: value.detach().to(expected[name].dtype) for name, value in state.items()},
-        assign=True,
-    )
+    fill(module, state)
     return module.eval()
+
+
+def without_memory(arguments: Mapping[str, Any]) -> VAEC:
+    """Make a VAEC whose weights have shapes and no values, on torch's `meta` device.
+
+    Sizes that do not go together could ask for any amount of memory, and start values would be
+    drawn from the caller's generator.
+
+    Parameters
+    ----------
+    arguments : Mapping
+        Arguments of VAEC.
+
+    Returns
+    -------
+    VAEC
+        For `fill`.
+    """
+    with torch.device("meta"):
+        return VAEC(**arguments)
+
+
+def fill(module: VAEC, state: State) -> None:
+    """Give a VAEC from `without_memory` its weights: copies, in float32.
+
+    Parameters
+    ----------
+    module : VAEC
+    state : Mapping of str to Tensor
+        All of its weights.
+
+    Raises
+    ------
+    RuntimeError
+        If a weight is missing, unknown or of another shape.
+    """
+    copies = {}
+    for name, value in state.items():
+        dtype = torch.float32 if value.is_floating_point() else torch.int64
+        copies[name] = value.detach().to(dtype, copy=True)
+    module.load_state_dict(copies, assign=True)

@@ -86,7 +86,7 @@ class FCLayers(nn.Module):
             None where no covariate has more than one category.
         """
         codes = [
-            functional.one_hot(category.reshape(-1).long(), n_cat).to(torch.get_default_dtype())
+            functional.one_hot(category.reshape(-1).long(), n_cat).to(self._first.weight.dtype)
             for n_cat, category in zip(self.n_cat_list, categories, strict=True)
             if n_cat and category is not None
         ]

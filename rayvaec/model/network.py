@@ -24,6 +24,7 @@ from rayvaec.model.losses import (
     kl_to_standard_normal,
     mixture,
 )
+from rayvaec.model.precision import working_precision
 
 BATCH_DIMENSIONS = 5
 """Dimensions of the softmax form's batch embedding, as in scvi-tools."""
@@ -117,10 +118,12 @@ class VAECNetwork(nn.Module):
         """
         return torch.log(total.clamp_min(1)) if self.config.library == "log" else total
 
+    @working_precision
     def mean_of_rate(self, rate: Tensor) -> Tensor:
         """Return the expected counts of px_rate, Tensor[..., n_input] both."""
         return rate * torch.exp(self.px_r) if self.is_softplus else rate
 
+    @working_precision
     def reconstruction(
         self, z: Tensor, x: CsrCounts, y: Tensor, batch_index: Tensor | None, factor: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -156,6 +159,7 @@ class VAECNetwork(nn.Module):
         """Biases of the output by label, Tensor[n_labels, n_input]; None where there are none."""
         return None if self.is_softplus or not self.config.n_labels else self.per_ct_bias
 
+    @working_precision
     def kl(self, qz: Normal, y: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return each cell's divergence of qz from its prior.
 
@@ -175,9 +179,11 @@ class VAECNetwork(nn.Module):
         if self.config.prior == "normal":
             return kl_to_standard_normal(qz)
         if noise is None:
-            noise = torch.randn((MIXTURE_DRAWS, *qz.loc.shape), device=qz.loc.device)
+            shape, like = (MIXTURE_DRAWS, *qz.loc.shape), qz.loc
+            noise = torch.randn(shape, dtype=like.dtype, device=like.device)
         return kl_to_mixture(qz, *self._components(y), noise)
 
+    @working_precision
     def prior_of(self, y: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of z's prior, of one component of a mixture.
 
@@ -201,6 +207,7 @@ class VAECNetwork(nn.Module):
         rows = torch.arange(len(y), device=y.device)
         return means[rows, component], torch.exp(log_std[rows, component]) + MIXTURE_FLOOR
 
+    @working_precision
     def prior_moments(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and covariance of z's prior.
 
@@ -223,6 +230,7 @@ class VAECNetwork(nn.Module):
         within = (weights * (torch.exp(log_std) + MIXTURE_FLOOR) ** 2).sum(1)
         return mean, torch.diag_embed(within) + (weights * around).mT @ around
 
+    @working_precision
     def prior_log_prob(self, z: Tensor, y: Tensor) -> Tensor:
         """Return the log-density of the prior.
 
@@ -244,6 +252,7 @@ class VAECNetwork(nn.Module):
         label = y.reshape(-1).long()
         return self.prior_means[label], self.prior_log_std[label], self.prior_logits[label]
 
+    @working_precision
     def classify(self, z: Tensor, label_index: Tensor) -> Tensor:
         """Return the logits of the fine labels.
 
@@ -295,6 +304,7 @@ class VAECNetwork(nn.Module):
         codes = torch.zeros_like(y) if batch_index is None else batch_index
         return self._embeddings_dict["batch"](codes.reshape(-1).long())
 
+    @working_precision
     def decoder_hidden(
         self,
         z: Tensor,
@@ -316,6 +326,7 @@ class VAECNetwork(nn.Module):
         -------
         Tensor[..., n_cells, n_hidden]
         """
+        z = z.to(self.px_r.dtype)
         if self.is_softplus:
             return self.decoder(z, y, batch_index, rows_per_product=rows_per_product)
         embedded = self._batch_embedding(y, batch_index).expand(*z.shape[:-1], -1)

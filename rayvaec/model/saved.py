@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save
 from rayvaec.errors import ModelError, RayvaecError
 from rayvaec.files import whole_output, write_json
 from rayvaec.model.config import VAECConfig
-from rayvaec.model.forms import form_of
+from rayvaec.model.forms import fill, form_of, without_memory
 from rayvaec.model.summary import TrainingSummary, read_summary
 from rayvaec.model.vaec import VAEC
 
@@ -129,7 +129,7 @@ def read_model(path: Path, device: str | torch.device = "cpu") -> SavedModel:
         arguments = VAECConfig.from_json(config)
     except (RayvaecError, TypeError) as error:
         raise ModelError(f"{path / CONFIG} does not describe a VAEC: {error}") from error
-    module = VAEC(**arguments.to_json()).eval()
+    module = without_memory(arguments.to_json())
     try:
         state = load_file(path / WEIGHTS)
         found, wanted = form_of(state), form_of(module.state_dict())
@@ -138,7 +138,7 @@ def read_model(path: Path, device: str | torch.device = "cpu") -> SavedModel:
                 f"{path / WEIGHTS} looks like {found} and {CONFIG} describes {wanted}",
                 "copy the model folder again",
             )
-        module.load_state_dict(state)
+        fill(module, state)
     except (safetensors.SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(
@@ -146,7 +146,7 @@ def read_model(path: Path, device: str | torch.device = "cpu") -> SavedModel:
             "copy the model folder again",
         ) from error
     return SavedModel(
-        module.to(device),
+        module.eval().to(device),
         _read_json(path / REGISTRY),
         _read_json(path / PROVENANCE),
         _hash(path),

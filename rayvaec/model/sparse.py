@@ -9,6 +9,7 @@ from torch.distributions import Normal
 from rayvaec.kernels.csr import CsrCounts
 from rayvaec.model.losses import MIXTURE_DRAWS, LossOutput
 from rayvaec.model.network import VAECNetwork
+from rayvaec.model.precision import working_precision
 
 
 class SparseVAEC(VAECNetwork):
@@ -20,6 +21,7 @@ class SparseVAEC(VAECNetwork):
         Sizes and form.
     """
 
+    @working_precision
     def encode(
         self,
         x: CsrCounts,
@@ -53,6 +55,7 @@ class SparseVAEC(VAECNetwork):
         )
 
     @torch.no_grad()
+    @working_precision
     def decode(
         self, z: Tensor, library: Tensor, y: Tensor, batch_index: Tensor | None = None
     ) -> Tensor:
@@ -76,6 +79,7 @@ class SparseVAEC(VAECNetwork):
         """Draws of noise a cell that `minibatch_loss` needs: z's, and those behind the prior."""
         return 1 + MIXTURE_DRAWS * (self.config.prior == "mog")
 
+    @working_precision
     def minibatch_loss(
         self,
         x: CsrCounts,
@@ -114,7 +118,9 @@ class SparseVAEC(VAECNetwork):
         """
         if noise is None:
             shape = (self.n_noise, x.n_cells, self.config.n_latent)
-            noise = torch.randn(shape, generator=generator, device=self.px_r.device)
+            noise = torch.randn(
+                shape, generator=generator, device=self.px_r.device, dtype=self.px_r.dtype
+            )
         factor = self._cell_weight(y) / (x.n_cells if divisor is None else divisor)
         z, kl_sum, kl_local = self._draw(x, y, batch_index, noise, factor)
         weighted_sum, reconstruction = self.reconstruction(z, x, y, batch_index, factor)

@@ -30,6 +30,7 @@ from rayvaec.model.checks import check_codes, check_counts
 from rayvaec.model.config import VAECConfig
 from rayvaec.model.draws import draw_posterior
 from rayvaec.model.losses import LossOutput, LossRecorder, classification_loss
+from rayvaec.model.precision import working_precision
 from rayvaec.model.sparse import SparseVAEC
 
 __all__ = ["VAEC", "LossOutput", "LossRecorder"]
@@ -89,6 +90,7 @@ class VAEC(SparseVAEC):
         )
         super().__init__(config)
 
+    @working_precision
     def inference(
         self, x: Tensor, y: Tensor, n_samples: int = 1, *, batch_index: Tensor | None = None
     ) -> dict[str, Any]:
@@ -130,6 +132,7 @@ class VAEC(SparseVAEC):
             z = qz.rsample()
         return {"z": z, "qz": qz, "library": library}
 
+    @working_precision
     def generative(
         self,
         z: Tensor,
@@ -167,6 +170,7 @@ class VAEC(SparseVAEC):
         px_r = self.px_r if self.is_softplus else torch.exp(self.px_r)
         return {"px_scale": px_scale, "px_rate": px_rate, "px_r": px_r, "px": px}
 
+    @working_precision
     def loss(
         self,
         tensors: Mapping[str, Tensor],
@@ -207,6 +211,7 @@ class VAEC(SparseVAEC):
         loss = torch.mean(self._cell_weight(y) * per_cell)
         return LossOutput(loss, reconstruction, kl_local, classification)
 
+    @working_precision
     def forward(
         self,
         tensors: Mapping[str, Tensor],
@@ -279,7 +284,7 @@ class VAEC(SparseVAEC):
             self.train(was_training)
         n_rows = len(tensors["labels"]) * n_samples
         rows = torch.from_numpy(np.repeat(np.arange(n_rows), np.diff(draws.indptr)))
-        counts = torch.zeros(n_rows, self.config.n_input)
+        counts = torch.zeros(n_rows, self.config.n_input, dtype=torch.float32)
         counts[rows, draws.indices] = torch.from_numpy(draws.counts).float()
         return counts.view(-1, n_samples, self.config.n_input).transpose(1, 2).contiguous()
 

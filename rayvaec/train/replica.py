@@ -46,22 +46,24 @@ def build_module(store: Store, config: TrainConfig) -> VAEC:
         On the CPU; the same for every worker.
     """
     manifest, registry = store.manifest, model_registry(store, config)
-    torch.manual_seed(noise_seed(config.seed, "weights"))
-    module = VAEC(
-        registry.n_genes,
-        registry.n_labels,
-        n_hidden=config.n_hidden,
-        n_latent=config.n_latent,
-        n_layers=config.n_layers,
-        log_variational=config.log_variational,
-        ct_weight=label_weights(np.array(manifest.cells_per_label)) if config.weight_obs else None,
-        dropout_rate=config.dropout_rate,
-        generative=config.generative,
-        prior=config.prior,
-        # The softmax form embeds the batch, even where there is but one.
-        n_batch=max(registry.n_batches, int(config.generative == "softmax")),
-        encode_covariates=config.encode_covariates and registry.n_batches > 0,
-    )
+    ct_weight = label_weights(np.array(manifest.cells_per_label)) if config.weight_obs else None
+    with torch.random.fork_rng(devices=[]):  # the caller's generator stays where it is
+        torch.manual_seed(noise_seed(config.seed, "weights"))
+        module = VAEC(
+            registry.n_genes,
+            registry.n_labels,
+            n_hidden=config.n_hidden,
+            n_latent=config.n_latent,
+            n_layers=config.n_layers,
+            log_variational=config.log_variational,
+            ct_weight=ct_weight,
+            dropout_rate=config.dropout_rate,
+            generative=config.generative,
+            prior=config.prior,
+            # The softmax form embeds the batch, even where there is but one.
+            n_batch=max(registry.n_batches, int(config.generative == "softmax")),
+            encode_covariates=config.encode_covariates and registry.n_batches > 0,
+        )
     if config.start_from_counts:
         start_from_counts(module, store)
     return module
