@@ -27,7 +27,7 @@ from scipy import sparse
 from rayvaec.client import AsyncClient, Client, asking, link, patience
 from rayvaec.client import portions as portions_module
 from rayvaec.client.portions import GivenCells, portions
-from rayvaec.errors import CountsError, RequestError
+from rayvaec.errors import ConfigError, CountsError, RequestError
 from rayvaec.infer.trained import TrainedModel, load_model
 from rayvaec.serve import wire
 from rayvaec.serve.auth import digest
@@ -205,11 +205,12 @@ def test_a_refusal_comes_with_the_servers_words(client, adata):
     assert len(error.request_id) > 10
 
 
-def test_counts_that_are_none_are_named_by_the_server(client, adata):
+def test_counts_that_are_none_are_named_before_they_are_sent(client, adata, bodies):
     wrong = adata.copy()
     wrong.X = wrong.X * 0.5
-    with pytest.raises(RequestError, match=r"0.5 at cell .* is not a whole number; .*raw counts"):
+    with pytest.raises(CountsError, match=r"adata.X: 0.5 at cell .* is not a whole number; .*raw"):
         client.sample(wrong)
+    assert not bodies
 
 
 def test_what_cannot_be_cut_is_refused_by_the_server(client, adata):
@@ -288,11 +289,82 @@ def test_portions_hold_every_cell_once_and_keep_the_limits(values, max_cells, ma
             assert len(cells.body(start, stop, asked)) <= overhead + room
 
 
-def test_names_that_occur_twice_are_named(client, adata):
-    twice = adata.copy()
-    twice.obs_names = ["same", "same", *adata.obs_names[2:]]
-    with pytest.raises(CountsError, match="'same' more than once"):
-        client.sample(twice)
+@pytest.mark.filterwarnings("ignore:Observation names are not unique")
+def test_cells_of_one_name_are_told_apart_as_in_process(client, adata, trained, bodies, caplog):
+    copies = adata[np.full(9, 3)].copy()
+    copies.obs_names = ["c", "d", "c", "c-1", "d", "c", "e", "c", "c"]
+    client.model()["limits"]["max_cells"] = 4
+    drawn = client.sample(copies, n_samples=2, seed=3, as_="array")
+    assert len(bodies) == 3
+    assert "adata.obs_names: 5 of 9 cells have the name of an earlier one" in caplog.text
+    assert np.array_equal(drawn, trained.sample(copies, 2, 3))
+    assert len(np.unique(drawn.reshape(9, -1), axis=0)) == 9
+    found = client.sample(copies, seed=3)
+    assert list(found.obs_names) == list(copies.obs_names)
+
+
+def test_new_cells_of_one_name_are_told_apart(client, trained, caplog):
+    label, names = trained.registry.labels[1], ["c", "d", "c", "c"]
+    client.model()["limits"]["max_cells"] = 2
+    drawn = client.generate(label, 500, seed=2, n_cells=4, cell_ids=names, as_="array")
+    assert "cell_ids: 2 of 4 cells have the name of an earlier one" in caplog.text
+    expected = client.generate(label, 500, 4, seed=2, cell_ids=["c", "d", "c-1", "c-2"])
+    assert np.array_equal(drawn[..., 0], expected.layers["sample_0"].toarray())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"cell_ids": ["a", "b"]}, "cell_ids has 2 values for 3 cells"),
+        ({"cell_ids": "abc"}, "cell_ids has 1 values for 3 cells"),
+        ({"batches": ["a"]}, "batches has 1 values for 3 cells"),
+        ({"library": [1, 2]}, "library has 2 values for 3 cells"),
+        ({"n_cells": 4}, "labels has 3 values for 4 cells"),
+        ({"n_cells": 0}, "n_cells=0"),
+        ({"n_samples": 0}, "n_samples=0"),
+        ({"n_samples": 1.5}, "n_samples=1.5"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else str(list(value)),
+)
+def test_new_cells_that_do_not_fit_together_are_refused(client, trained, bodies, arguments, words):
+    labels = list(trained.registry.labels[:3])
+    with pytest.raises(ConfigError, match=words):
+        client.generate(labels, **{"library": 500.0, **arguments})
+
+
+def test_numpys_numbers_and_single_names_are_taken(client, adata, trained):
+    gene = trained.registry.genes[2]
+    drawn = client.sample(
+        adata, n_samples=np.int64(8), seed=np.int64(3), reduce="mean", out_genes=gene, as_="array"
+    )
+    expected = client.sample(
+        adata, n_samples=8, seed=3, reduce=["mean"], out_genes=[gene], as_="array"
+    )
+    assert np.array_equal(drawn["mean"], expected["mean"])
+    median = client.sample(
+        adata, n_samples=8, seed=3, reduce="quantiles", quantiles=0.5, out_genes=gene
+    )
+    assert list(median.layers) == ["quantile_0.5"]
+    assert list(median.var_names) == [gene]
+
+
+def test_raw_is_a_layer(client, adata, trained):
+    scaled = adata.copy()
+    scaled.raw = adata.copy()
+    scaled.X = scaled.X * 0.5
+    scaled = scaled[:, 5:].copy()
+    assert np.array_equal(client.latent(scaled, layer="raw")[0], trained.latent(adata))
+
+
+def test_entries_stored_twice_are_added_up_in_full(client, adata, trained):
+    parts = np.array([200, 200, 1], np.uint8), np.array([3, 3, 7]), np.array([0, 3])
+    twice = anndata.AnnData(
+        sparse.csr_matrix(parts, shape=(1, adata.n_vars)), adata.obs[:1].copy(), adata.var.copy()
+    )
+    plain = twice.copy()
+    plain.X = sparse.csr_matrix(([400, 1], [3, 7], [0, 2]), shape=plain.shape)
+    assert np.array_equal(client.latent(twice)[0], trained.latent(plain))
 
 
 def test_draws_come_some_cells_at_a_time(client, adata, trained, monkeypatch):
@@ -389,7 +461,7 @@ def test_only_cells_that_have_not_come_are_asked_for_again(url, adata, trained, 
     ("arguments", "words"),
     [
         ({"labels_key": "celltype"}, "no column 'celltype'; the columns are cell_type"),
-        ({"layer": "raw"}, "no layer 'raw'; it has none"),
+        ({"layer": "raw"}, "no layer 'raw'; there are no layers: leave out layer= to read X"),
     ],
 )
 def test_what_the_adata_lacks_is_named(client, adata, arguments, words):
@@ -400,7 +472,7 @@ def test_what_the_adata_lacks_is_named(client, adata, arguments, words):
 def test_missing_labels_are_named(client, adata):
     holes = adata.copy()
     holes.obs["cell_type"] = holes.obs["cell_type"].where(np.arange(30) != 4)
-    with pytest.raises(CountsError, match="no value for 1 of 30 cells, the first at position 4"):
+    with pytest.raises(CountsError, match="no label for 1 of 30 cells, the first at position 4"):
         client.sample(holes)
 
 

@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote
 
@@ -16,10 +17,11 @@ from numpy.typing import NDArray
 
 from rayvaec.client.link import AsyncLink, Link
 from rayvaec.client.patience import Attempts, Patience
-from rayvaec.client.portions import GivenCells, NewCells, Portions, portions
+from rayvaec.client.portions import GivenCells, Portions, new_cells, portions
 from rayvaec.client.refusals import TurnedAwayError, check
 from rayvaec.client.rows import PART_BYTES, Collector, Part, whole
-from rayvaec.errors import RequestError
+from rayvaec.data.names import Names, as_names
+from rayvaec.errors import ConfigError, RequestError
 from rayvaec.progress import Progress
 from rayvaec.serve.wire import ARROW, AnswerStream, Form, cells_of, moments_as, rows_as
 
@@ -129,16 +131,16 @@ class AsyncClient:
         n_samples: int = 1,
         seed: int | None = None,
         *,
-        reduce: Sequence[str] | None = None,
-        quantiles: Sequence[float] | None = None,
-        out_genes: Sequence[str] | None = None,
+        reduce: Names | None = None,
+        quantiles: float | Sequence[float] | None = None,
+        out_genes: Names | None = None,
         as_: Form = "adata",
         **alignment: Any,
     ) -> Any:
         """Draw counts for given cells; parameters, result and errors as `Client.sample`."""
         asked = _draws(n_samples, seed, reduce=reduce, quantiles=quantiles, out_genes=out_genes)
         answers = await self._of_cells("sample", adata, labels_key, asked, **alignment)
-        return await self._put(await _collected(answers), adata.obs, out_genes, as_)
+        return await self._put(await _collected(answers), adata.obs, asked.get("out_genes"), as_)
 
     async def iter_sample(
         self,
@@ -147,9 +149,9 @@ class AsyncClient:
         n_samples: int = 1,
         seed: int | None = None,
         *,
-        reduce: Sequence[str] | None = None,
-        quantiles: Sequence[float] | None = None,
-        out_genes: Sequence[str] | None = None,
+        reduce: Names | None = None,
+        quantiles: float | Sequence[float] | None = None,
+        out_genes: Names | None = None,
         as_: Form = "adata",
         **alignment: Any,
     ) -> AsyncGenerator[Any, None]:
@@ -159,34 +161,32 @@ class AsyncClient:
         async with aclosing(answers):
             async for part in answers:
                 obs = adata.obs.iloc[part.first : part.first + part.n_cells]
-                yield await self._put(part, obs, out_genes, as_)
+                yield await self._put(part, obs, asked.get("out_genes"), as_)
 
     async def generate(
         self,
-        labels: str | Sequence[str],
+        labels: Names,
         library: float | Sequence[float],
         n_cells: int | None = None,
         *,
         n_samples: int = 1,
         seed: int | None = None,
-        cell_ids: Sequence[str] | None = None,
-        batches: Sequence[str] | None = None,
-        reduce: Sequence[str] | None = None,
-        quantiles: Sequence[float] | None = None,
-        out_genes: Sequence[str] | None = None,
+        cell_ids: Names | None = None,
+        batches: Names | None = None,
+        reduce: Names | None = None,
+        quantiles: float | Sequence[float] | None = None,
+        out_genes: Names | None = None,
         as_: Form = "adata",
     ) -> Any:
         """Draw new cells from the prior; parameters, result and errors as `Client.generate`."""
         import pandas as pd
 
-        every = [labels] * (n_cells or 1) if isinstance(labels, str) else list(labels)
-        libraries = np.broadcast_to(np.asarray(library, np.float64), len(every))
         asked = _draws(n_samples, seed, reduce=reduce, quantiles=quantiles, out_genes=out_genes)
-        cells = NewCells(every, libraries, batches, cell_ids)
+        cells = new_cells(labels, library, n_cells, batches=batches, cell_ids=cell_ids)
         part = await _collected(self._answers("generate", cells, asked))
-        names = [str(i) for i in range(len(every))] if cell_ids is None else list(cell_ids)
-        obs = pd.DataFrame({"label": pd.Categorical(every)}, index=names)
-        return await self._put(part, obs, out_genes, as_)
+        names = range(len(cells)) if cell_ids is None else as_names(cell_ids)
+        obs = pd.DataFrame({"label": pd.Categorical(cells.labels)}, index=[str(n) for n in names])
+        return await self._put(part, obs, asked.get("out_genes"), as_)
 
     async def latent(
         self, adata: AnnData, labels_key: str | None = None, **alignment: Any
@@ -201,11 +201,11 @@ class AsyncClient:
         adata: AnnData,
         labels_key: str | None = None,
         *,
-        out_genes: Sequence[str] | None = None,
+        out_genes: Names | None = None,
         **alignment: Any,
     ) -> NDArray[np.float32]:
         """Return denoised expression, as `Client.expression`."""
-        asked = _given(out_genes=out_genes)
+        asked = _named(out_genes=out_genes)
         answers = await self._of_cells("expression", adata, labels_key, asked, **alignment)
         columns: Any = (await _collected(answers)).rows
         return columns["expression"]
@@ -283,7 +283,7 @@ class AsyncClient:
             yield part
 
     async def _put(
-        self, part: Part, obs: pd.DataFrame, out_genes: Sequence[str] | None, form: Form
+        self, part: Part, obs: pd.DataFrame, out_genes: list[str] | None, form: Form
     ) -> Any:
         """Put rows into the form that was asked for."""
         genes = out_genes
@@ -333,16 +333,27 @@ def _same_model(facts: Mapping[str, Any], others: Mapping[str, Any]) -> Mapping[
     return facts
 
 
-def _draws(n_samples: int, seed: int | None, **asked: Any) -> dict[str, Any]:
+def _draws(
+    n_samples: int,
+    seed: int | None,
+    *,
+    reduce: Names | None,
+    quantiles: float | Sequence[float] | None,
+    out_genes: Names | None,
+) -> dict[str, Any]:
     """Return the parameters of draws; the seed is chosen here, as several requests may share it."""
-    seed = secrets.randbelow(_JSON_SAFE_SEED) if seed is None else seed
-    return _given(n_samples=n_samples, seed=seed, **asked)
-
-
-def _given(**parameters: Any) -> dict[str, Any]:
-    """Return the parameters that are not None, sequences as lists."""
-    return {
-        name: value if isinstance(value, str | int) else list(value)
-        for name, value in parameters.items()
-        if value is not None
+    for name, value, least in (("n_samples", n_samples, 1), ("seed", seed or 0, 0)):
+        if not isinstance(value, Integral) or value < least:
+            raise ConfigError(f"{name}={value}", f"give a whole number >= {least}")
+    asked: dict[str, Any] = {
+        "n_samples": int(n_samples),
+        "seed": secrets.randbelow(_JSON_SAFE_SEED) if seed is None else int(seed),
     }
+    if quantiles is not None:
+        asked["quantiles"] = np.atleast_1d(np.asarray(quantiles, np.float64)).tolist()
+    return asked | _named(reduce=reduce, out_genes=out_genes)
+
+
+def _named(**parameters: Names | None) -> dict[str, Any]:
+    """Return the lists of names that are not None."""
+    return {name: as_names(value) for name, value in parameters.items() if value is not None}

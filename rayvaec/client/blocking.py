@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rayvaec.client.asking import AsyncClient, settings
 from rayvaec.client.link import BlockingLink, finished, stepped
 from rayvaec.client.patience import Patience
+from rayvaec.data.names import Names
 from rayvaec.serve.wire import Form
 
 if TYPE_CHECKING:
@@ -98,9 +99,9 @@ class Client:
         *,
         layer: str | None = None,
         batch_key: str | None = None,
-        reduce: Sequence[str] | None = None,
-        quantiles: Sequence[float] | None = None,
-        out_genes: Sequence[str] | None = None,
+        reduce: Names | None = None,
+        quantiles: float | Sequence[float] | None = None,
+        out_genes: Names | None = None,
         allow_missing: bool = False,
         as_: Form = "adata",
     ) -> AnnData | list[csr_matrix] | NDArray[np.int32] | dict[str, NDArray[np.float32]]:
@@ -109,7 +110,8 @@ class Client:
         Parameters
         ----------
         adata : AnnData
-            Raw counts of cells x genes, genes in any order.
+            Raw counts of cells x genes, genes in any order. Cells that share a name are told apart
+            by their occurrence, with a warning; they get the draws of `TrainedModel.sample`.
         labels_key : str, optional
             Column of obs with the labels; by default the one that the model was trained on.
         n_samples : int
@@ -117,7 +119,8 @@ class Client:
         seed : int, optional
             Seed of all draws; the server chooses one by default.
         layer : str, optional
-            Layer with the counts; X by default.
+            Layer with the counts; X by default, ``"raw"`` for the counts and genes of
+            ``adata.raw``.
         batch_key : str, optional
             Column of obs with the batches; by default the model's own, if it has one.
         reduce : sequence of str, optional
@@ -146,7 +149,8 @@ class Client:
         RequestError
             If the server refuses the request; its words say why and what to do.
         CountsError
-            If `adata` lacks a column or layer, or holds no counts.
+            If `adata` is not an AnnData in memory, lacks a column or layer, or holds values that
+            are not counts.
         """
         work = self._asking.sample(
             *(adata, labels_key, n_samples, seed),
@@ -193,31 +197,33 @@ class Client:
 
     def generate(
         self,
-        labels: str | Sequence[str],
+        labels: Names,
         library: float | Sequence[float],
         n_cells: int | None = None,
         *,
         n_samples: int = 1,
         seed: int | None = None,
-        cell_ids: Sequence[str] | None = None,
-        batches: Sequence[str] | None = None,
-        reduce: Sequence[str] | None = None,
-        quantiles: Sequence[float] | None = None,
-        out_genes: Sequence[str] | None = None,
+        cell_ids: Names | None = None,
+        batches: Names | None = None,
+        reduce: Names | None = None,
+        quantiles: float | Sequence[float] | None = None,
+        out_genes: Names | None = None,
         as_: Form = "adata",
     ) -> AnnData | list[csr_matrix] | NDArray[np.int32] | dict[str, NDArray[np.float32]]:
         """Draw new cells from the prior.
 
         Parameters
         ----------
-        labels : str or sequence of str
-            Cell type of all cells, or one per cell.
+        labels : str, number or sequence of them
+            Cell type of all cells, or one per cell. Numbers are read as their text.
         library : float or sequence of float
             Total counts a cell is expected to have: one number, or one per cell.
         n_cells : int, optional
-            Number of cells, where `labels` is one for all; 1 by default.
-        cell_ids, batches : sequence of str, optional
-            Name and experimental batch of each cell.
+            Number of cells; by default that of `labels`, 1 where that is one for all.
+        cell_ids : sequence of str, optional
+            Name of each cell; repeated ones are told apart by their occurrence, with a warning.
+        batches : str, number or sequence of them, optional
+            Experimental batch of all cells, or one per cell.
         n_samples, seed, reduce, quantiles, out_genes, as_
             As in `sample`.
 
@@ -228,6 +234,8 @@ class Client:
 
         Raises
         ------
+        ConfigError
+            If there are not as many names, batches or totals as cells.
         RequestError
             As `sample`.
         """
@@ -272,7 +280,7 @@ class Client:
         adata: AnnData,
         labels_key: str | None = None,
         *,
-        out_genes: Sequence[str] | None = None,
+        out_genes: Names | None = None,
         **alignment: Any,
     ) -> NDArray[np.float32]:
         """Return denoised expression: each gene's share of a cell's expected counts.

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from rayvaec.errors import CountsError
+from rayvaec.data.names import Names, as_names, is_one_name
+from rayvaec.errors import ConfigError
 from rayvaec.serve.wire import RawCells, encode_cells, encode_new_cells
 
 _BYTES_PER_VALUE = 8  # gene and count
@@ -44,27 +46,11 @@ class GivenCells:
     Parameters
     ----------
     cells : RawCells
-        With `cell_ids`.
-
-    Raises
-    ------
-    CountsError
-        If a name occurs twice: a server would see that only within one request.
+        With `cell_ids`, each of them once.
     """
 
     cells: RawCells
     named: bool = True
-
-    def __post_init__(self) -> None:
-        names = self.cells.cell_ids or []
-        if len(set(names)) != len(names):
-            seen: set[str | None] = set()
-            twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-            raise CountsError(
-                f"adata.obs_names has {twice!r} more than once; both cells would get the same "
-                "random numbers",
-                "make the names unique, such as with adata.obs_names_make_unique()",
-            )
 
     def __len__(self) -> int:
         return len(self.cells.labels)
@@ -130,6 +116,70 @@ class NewCells:
             None if self.cell_ids is None else self.cell_ids[start:stop],
             parameters,
         )
+
+
+def new_cells(
+    labels: Names,
+    library: ArrayLike,
+    n_cells: int | None = None,
+    *,
+    batches: Names | None = None,
+    cell_ids: Names | None = None,
+) -> NewCells:
+    """Describe new cells; parameters as in `rayvaec.client.Client.generate`.
+
+    Parameters
+    ----------
+    labels, batches : str, number or sequence of them
+        One for all cells, or one per cell.
+    library : float or sequence of float
+        One for all cells, or one per cell.
+    n_cells : int, optional
+        Number of cells; that of `labels` by default.
+    cell_ids : sequence of str, optional
+        One per cell; repeated ones are told apart by their occurrence.
+
+    Returns
+    -------
+    NewCells
+
+    Raises
+    ------
+    ConfigError
+        If there are not as many of one as of another.
+    """
+    from rayvaec.data.inputs.cell_names import tell_apart  # brings pandas
+
+    if n_cells is None:
+        n_cells = 1 if is_one_name(labels) else len(as_names(labels))
+    elif not isinstance(n_cells, Integral) or n_cells < 1:
+        raise ConfigError(f"n_cells={n_cells}", "give a whole number >= 1")
+    libraries = np.asarray(library, np.float64)
+    if libraries.shape not in ((), (1,), (n_cells,)):
+        raise _not_one_per_cell("library", libraries.shape, n_cells)
+    return NewCells(
+        labels=_one_per_cell("labels", labels, n_cells),
+        library=np.broadcast_to(libraries, n_cells),
+        batches=None if batches is None else _one_per_cell("batches", batches, n_cells),
+        cell_ids=None
+        if cell_ids is None
+        else tell_apart(_one_per_cell("cell_ids", cell_ids, n_cells), "cell_ids"),
+    )
+
+
+def _one_per_cell(name: str, given: Names, n_cells: int) -> list[str]:
+    """Return names of all cells, of which one scalar may stand for all but cells' own names."""
+    names = as_names(given)
+    if is_one_name(given) and name != "cell_ids":
+        names = names * n_cells
+    if len(names) != n_cells:
+        raise _not_one_per_cell(name, (len(names),), n_cells)
+    return names
+
+
+def _not_one_per_cell(name: str, shape: tuple[int, ...], n_cells: int) -> ConfigError:
+    found = " x ".join(map(str, shape))
+    return ConfigError(f"{name} has {found} values for {n_cells} cells", "give one per cell")
 
 
 def portions(

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayvaec.data.gene_choice import check_appended_genes, columns_of
-from rayvaec.data.inputs.cell_names import name_hashes
+from rayvaec.data.inputs.cell_names import hashes_of
 from rayvaec.data.inputs.obs import read_codes, refuse_nothing
 from rayvaec.data.inputs.reader import Input
 from rayvaec.data.manifest import Manifest, Portion
@@ -52,12 +52,7 @@ class OldStore:
 
     def name_hashes(self) -> NDArray[np.uint64]:
         """Return the hashes of all its cells' names."""
-        store, n = open_store(self.path), self.manifest.n_cells
-        parts = [
-            name_hashes(store.obs_names(start, min(start + NAMES_BLOCK, n)))
-            for start in range(0, n, NAMES_BLOCK)
-        ]
-        return np.concatenate(parts)
+        return hashes_of(open_store(self.path).obs_names, self.manifest.n_cells)
 
     def dtypes(self) -> CountsDtypes:
         """Return the types that its counts and indices have."""

@@ -24,7 +24,8 @@ from rayvaec.data.inputs.counts import as_counts
 from rayvaec.data.inputs.obs import ObsKeys, read_codes, refuse_nothing
 from rayvaec.data.inputs.zarr_reader import Member, open_members
 from rayvaec.data.manifest import Manifest, PartitionInfo
-from rayvaec.data.registry import Registry, refuse_duplicates
+from rayvaec.data.names import refuse_duplicates
+from rayvaec.data.registry import Registry
 from rayvaec.data.remote import open_blobs
 from rayvaec.errors import CountsError
 from rayvaec.location import Location

@@ -183,6 +183,10 @@ class Store:
         """Return the store with its rows in the order in which they lie."""
         return self
 
+    def places_of(self, stored: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return where rows of `as_stored` stand among this store's rows."""
+        return stored
+
     @property
     def registry(self) -> Registry:
         """Genes, labels and batches."""
@@ -207,6 +211,11 @@ class Store:
     def hash(self) -> str:
         """Identity of the contents; see `Manifest.hash`."""
         return self.manifest.hash()
+
+    @property
+    def has_unique_names(self) -> bool:
+        """Whether every cell is known to have a name of its own."""
+        return True
 
     @property
     def is_local(self) -> bool:

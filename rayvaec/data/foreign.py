@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rayvaec.data.collection import DESCRIPTION, Partition, Store
 from rayvaec.data.inputs.zarr_reader import CastVector, CodedColumn, Member, open_members
@@ -193,11 +194,24 @@ class ForeignStore(Store):
             return train + validation
         return tuple(Segment(number, 0, n) for number, n in enumerate(cells))
 
+    @property
+    def has_unique_names(self) -> bool:
+        """Whether every cell is known to have a name of its own: nobody has looked."""
+        return False
+
     def as_stored(self) -> Store:
         """Return the store with its rows in the order in which they lie."""
         return ForeignStore(
             self.path, self.manifest, self.findings, self._members, validation_last=False
         )
+
+    def places_of(self, stored: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return where rows of `as_stored` stand among this store's rows."""
+        firsts = np.cumsum([0] + [info.n_cells for info in self.manifest.partitions])
+        rows = [firsts[part] + np.arange(start, stop) for part, start, stop in self._order()]
+        places = np.empty(self.n_cells, np.int64)
+        places[np.concatenate(rows)] = np.arange(self.n_cells)
+        return places[stored]
 
     def share(self, folder: Path) -> str:
         """Write a description of the store; return its path."""

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayvaec.data.inputs.reader import Input
-from rayvaec.data.names import choices, listing
-from rayvaec.data.registry import Registry, inverse, refuse_duplicates
+from rayvaec.data.names import choices, listing, refuse_duplicates
+from rayvaec.data.registry import Registry, inverse
 from rayvaec.errors import ConfigError, CountsError
 
 logger = logging.getLogger("rayvaec")

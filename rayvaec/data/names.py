@@ -1,12 +1,19 @@
-"""Names in messages: short lists, nearest matches first."""
+"""Names: short lists of them in messages, nearest matches first; missing and repeated ones."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from numbers import Real
+from typing import Any, TypeAlias
+
+from rayvaec.errors import CountsError
+
+Names: TypeAlias = "str | int | Iterable[str | int]"
+"""One name or several, as a person gives them: numbers stand for their text."""
 
 _LONGEST_VALUE = 400
 _UNPRINTABLE = re.compile(
@@ -100,3 +107,84 @@ def printable(text: str, keep: str = "") -> str:
         Text that XML, HTML and a terminal take for nothing but text.
     """
     return _UNPRINTABLE.sub(lambda found: found[0] if found[0] in keep else "\ufffd", text)
+
+
+def refuse_duplicates(names: Sequence[str], what: str, where: str) -> None:
+    """Raise a `CountsError` that names the first name occurring twice, if one does.
+
+    Parameters
+    ----------
+    names : sequence of str
+        What must be unique.
+    what : str
+        What they are, singular, such as ``"gene"``.
+    where : str
+        Where they come from, for the message.
+
+    Raises
+    ------
+    CountsError
+        If a name occurs twice.
+    """
+    if len(set(names)) == len(names):
+        return
+    twice = [name for name, occurrences in Counter(names).items() if occurrences > 1]
+    fix = "make them unique, such as with adata.var_names_make_unique()"
+    raise CountsError(
+        f"{where} has {len(twice)} {what} names more than once: {listing(twice)}",
+        fix if what == "gene" else "make them unique",
+    )
+
+
+def as_names(names: Names) -> list[str]:
+    """Return names as text: a scalar is one name, and numbers are their text.
+
+    Parameters
+    ----------
+    names : str, number or iterable of them
+        Such as ``"T cells"``, ``0``, or ``[0, 1]``.
+
+    Returns
+    -------
+    list of str
+    """
+    if isinstance(names, Iterable) and not is_one_name(names):
+        return [str(name) for name in names]
+    return [str(names)]
+
+
+def is_one_name(names: Names) -> bool:
+    """Return whether this is a scalar: text, a number, or numpy's array of no dimensions."""
+    is_scalar_array = getattr(names, "ndim", 1) == 0
+    return isinstance(names, str) or is_scalar_array or not isinstance(names, Iterable)
+
+
+def missing_values(values: Sequence[Any], what: str, where: str) -> CountsError:
+    """Return the error that says how many cells have no value, and which is the first.
+
+    Parameters
+    ----------
+    values : sequence
+        One per cell, at least one of them missing.
+    what : str
+        What a value is, singular, such as ``"label"``.
+    where : str
+        Where they come from.
+
+    Returns
+    -------
+    CountsError
+    """
+    missing = [position for position, value in enumerate(values) if is_missing(value)]
+    return CountsError(
+        f"{where} has no {what} for {len(missing)} of {len(values)} cells, "
+        f"the first at position {missing[0]}",
+        f"remove these cells or give them a {what}",
+    )
+
+
+def is_missing(value: Any) -> bool:
+    """Return whether a value stands for "no value": None, NaN, NaT or pandas' NA."""
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return True
+    return isinstance(value, Real) and bool(value != value)

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from rayvaec.data.inputs.counts import as_counts
-from rayvaec.data.names import choices, listing
+from rayvaec.data.names import choices, is_missing, missing_values, refuse_duplicates
 from rayvaec.errors import CountsError
 
 if TYPE_CHECKING:
@@ -56,7 +54,7 @@ class AlignedCells:
     batches : array[n_cells] of int64, optional
         Batch codes, None where the registry has no batches.
     names : list of str
-        Names of the cells.
+        Names of the cells; those that repeat another's are told apart by their occurrence.
     missing, extra : tuple of str
         As in `GeneAlignment`.
     """
@@ -230,6 +228,7 @@ class Registry:
         layer: str | None = None,
         labels_key: str | None = None,
         allow_missing: bool = False,
+        rows: ArrayLike | None = None,
         where: str = "adata",
     ) -> AlignedCells:
         """Bring an AnnData into this registry's gene order and codes.
@@ -244,6 +243,8 @@ class Registry:
             Column of obs with the labels; the registry's own by default.
         allow_missing : bool
             Whether genes that `adata` lacks count as zero instead of being an error.
+        rows : array-like of int or bool, optional
+            Positions of the cells to take, or a mask of them; all by default.
         where : str
             What to call `adata` in messages.
 
@@ -253,36 +254,34 @@ class Registry:
 
         Raises
         ------
+        ConfigError
+            If `rows` leads outside `adata`.
         CountsError
-            If a value is no count, genes are missing, or a label is missing or unknown.
+            If `adata` is not an AnnData in memory, a value is not a count, genes are missing, or a
+            label is missing or unknown.
         """
-        from rayvaec.data.inputs import align  # brings scipy, which a training worker does without
+        # Bring scipy and pandas, which a training worker does without.
+        from rayvaec.data.inputs.align import align_columns, refuse_missing
+        from rayvaec.data.inputs.memory import InMemory
 
+        source = InMemory(adata, layer, rows=rows, where=where)
+        found = self.align_genes(source.genes, where)
+        refuse_missing(self.genes, found.missing, source.genes, allow_missing, where)
         key = labels_key or self.labels_key
-        x, genes = align.matrix_in_memory(adata, layer, where)
-        found = self.align_genes(genes, where)
-        align.refuse_missing(self.genes, found.missing, genes, allow_missing, where)
-        names = adata.obs_names.astype(str).tolist()
-        labels = self.encode_labels(align.obs_column(adata, key, where), f"{where}.obs[{key!r}]")
+        labels = self.encode_labels(source.column(key), f"{where}.obs[{key!r}]")
         batches = None
         if self.batch_key is not None:
-            values = align.obs_column(adata, self.batch_key, where)
+            values = source.column(self.batch_key)
             batches = self.encode_batches(values, f"{where}.obs[{self.batch_key!r}]")
-        x.data = as_counts(
-            x.data,
-            align.place_in_csr(x.indptr, x.indices, names.__getitem__, genes),
-            where=f"{where}.layers[{layer!r}]" if layer else f"{where}.X",
-            layers=[name for name in adata.layers if name != layer],
-            option="layer=",
-        )
-        x = align.align_columns(x, inverse(found.columns, len(genes)), self.n_genes)
+        columns = inverse(found.columns, len(source.genes))
+        x = align_columns(source.counts(), columns, self.n_genes)
         return AlignedCells(
             indptr=x.indptr.astype(np.int64),
             indices=x.indices.astype(np.int32, copy=False),
-            counts=x.data.astype(np.int32, copy=False),
+            counts=x.data,
             labels=labels,
             batches=batches,
-            names=names,
+            names=source.names,
             missing=found.missing,
             extra=found.extra,
         )
@@ -309,40 +308,6 @@ def inverse(columns: NDArray[np.int64], n_names: int) -> NDArray[np.int64]:
     return target
 
 
-def refuse_duplicates(names: Sequence[str], what: str, where: str) -> None:
-    """Raise a `CountsError` that names the first name occurring twice, if one does.
-
-    Parameters
-    ----------
-    names : sequence of str
-        What must be unique.
-    what : str
-        What they are, singular, such as ``"gene"``.
-    where : str
-        Where they come from, for the message.
-
-    Raises
-    ------
-    CountsError
-        If a name occurs twice.
-    """
-    if len(set(names)) == len(names):
-        return
-    twice = [name for name, occurrences in Counter(names).items() if occurrences > 1]
-    fix = "make them unique, such as with adata.var_names_make_unique()"
-    raise CountsError(
-        f"{where} has {len(twice)} {what} names more than once: {listing(twice)}",
-        fix if what == "gene" else "make them unique",
-    )
-
-
-def is_missing(value: Any) -> bool:
-    """Return whether a value stands for "no value": None, NaN, NaT or pandas' NA."""
-    if value is None or type(value).__name__ in ("NAType", "NaTType"):
-        return True
-    return isinstance(value, float | np.floating) and bool(value != value)
-
-
 def _encode(
     values: Iterable[Any], known: tuple[str, ...], what: str, where: str
 ) -> NDArray[np.int64]:
@@ -360,13 +325,8 @@ def _encode(
 def _encode_error(
     values: list[Any], codes: NDArray[np.int64], known: tuple[str, ...], what: str, where: str
 ) -> CountsError:
-    missing = np.flatnonzero(codes == -1)
-    if missing.size:
-        return CountsError(
-            f"{where} has no {what} for {missing.size} of {len(values)} cells, "
-            f"the first at position {missing[0]}",
-            f"remove these cells or give them a {what}",
-        )
+    if (codes == -1).any():
+        return missing_values(values, what, where)
     unknown = np.flatnonzero(codes == -2)
     value = str(values[int(unknown[0])])
     return CountsError(

@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from rayvaec.data.names import Names
 from rayvaec.data.store import Store
 from rayvaec.errors import ConfigError
 from rayvaec.infer.bulk_run import open_inputs, run
-from rayvaec.infer.contrasts import Contrast, contrasts, too_small
+from rayvaec.infer.contrasts import contrasts, large_enough
 from rayvaec.infer.differential import Comparison
 from rayvaec.infer.draw_layers import Draws
 from rayvaec.infer.moments import QUANTILES, check_reductions
@@ -248,8 +251,8 @@ def differential_expression_store(
     *,
     how: Comparison | None = None,
     groupby: str | None = None,
-    group1: str | Sequence[str] | None = None,
-    group2: str | None = None,
+    group1: Names | None = None,
+    group2: str | int | None = None,
     num_workers: int = 1,
     use_gpu: bool = False,
     overwrite: bool = False,
@@ -267,15 +270,17 @@ def differential_expression_store(
         Options of the comparison.
     groupby : str, optional
         The store's column of labels, which is the default, or of batches.
-    group1, group2 : str, optional
-        Groups to compare: each of `group1` (all by default) with `group2` (all other cells).
+    group1, group2 : str or number, optional
+        Groups to compare: each of `group1` (one or several) with `group2` (by default all other
+        cells). By default every group of at least two cells is compared, and a warning names the
+        others.
 
     Raises
     ------
     ConfigError
         If a column or group is unknown (valid ones are listed), or as in `sample_store`.
     CountsError
-        If a group has fewer than two cells.
+        If a group that is named has fewer than two cells.
     StoreError, ModelError, RayvaecError
         As in `sample_store`.
     """
@@ -295,8 +300,8 @@ def _comparisons(
     store: Store,
     how: Comparison,
     groupby: str | None,
-    group1: str | Sequence[str] | None,
-    group2: str | None,
+    group1: Names | None,
+    group2: str | int | None,
 ) -> DifferentialExpression:
     """Return the comparisons of the groups of a store that are asked for."""
     registry = store.registry
@@ -310,24 +315,22 @@ def _comparisons(
         )
     names = columns[key]
     wanted = contrasts(key, names, group1, group2)
-    if key == registry.labels_key:
-        _check_sizes(store, wanted)
+    groups = list(range(len(names)))
     if group2 is not None:  # the others need not be looked at
-        compared = {group2, *(names[contrast.one] for contrast in wanted)}
-        names = tuple(name for name in names if name in compared)
-    group1 = [columns[key][contrast.one] for contrast in wanted]
+        groups = sorted({code for one, two, _ in wanted for code in (one, two) if code is not None})
+    if key == registry.labels_key:  # before anything is computed
+        wanted = large_enough(names, np.array(store.manifest.cells_per_label), wanted)
+    place = {code: position for position, code in enumerate(groups)}
     return DifferentialExpression(
         by_batch=key == registry.batch_key,
-        groups=tuple(columns[key].index(name) for name in names),
-        names=names,
-        contrasts=tuple(contrasts(key, names, group1, group2)),
+        groups=tuple(groups),
+        names=tuple(names[code] for code in groups),
+        contrasts=tuple(
+            contrast._replace(
+                one=place[contrast.one],
+                two=None if contrast.two is None else place[contrast.two],
+            )
+            for contrast in wanted
+        ),
         how=how,
     )
-
-
-def _check_sizes(store: Store, wanted: Sequence[Contrast]) -> None:
-    """Refuse labels of fewer than two cells before anything is computed."""
-    for label in (side for contrast in wanted for side in contrast if side is not None):
-        n_cells = store.manifest.cells_per_label[label]
-        if n_cells < 2:
-            raise too_small(store.registry.labels[label], n_cells)

@@ -22,7 +22,7 @@ from rayvaec.infer.bulk_job import Inputs, Job
 from rayvaec.infer.formats import convert
 from rayvaec.infer.ledger import RunState
 from rayvaec.infer.regions import RegionWorker, Task, Work
-from rayvaec.infer.store_cells import StoreCells
+from rayvaec.infer.store_cells import StoreCells, repeated_names
 from rayvaec.infer.trained import load_model
 from rayvaec.location import location
 from rayvaec.runtime import check_cpus, check_gpus, check_job_paths, check_seen, ray_session
@@ -158,6 +158,7 @@ def _compute(job: Job, task: Task) -> Any:
         output=str(state.output),
         parts=str(state.parts),
         device=inputs.device,
+        repetitions=repeated_names(inputs.store) if task.keyed else None,
     )
     with actors(RegionWorker, work, inputs.num_workers, inputs.use_gpu) as workers:
         crew = Crew(workers, state)

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rayvaec.data.names import choices
+from rayvaec.data.names import Names, as_names, choices
 from rayvaec.errors import ConfigError, ModelError
 from rayvaec.infer import likelihood, posterior
 from rayvaec.infer.cells import Cells
-from rayvaec.infer.named import NamedModel, chosen_cells
+from rayvaec.infer.named import NamedModel, chosen_names
 from rayvaec.infer.normalized import Wanted, normalized_expression, positions
 from rayvaec.infer.posterior import blocks, check_draws
 from rayvaec.kernels import transfer
@@ -148,8 +148,8 @@ class CellAnalyses(NamedModel):
         self,
         adata: AnnData,
         *,
-        transform_batch: str | Sequence[str] | None = None,
-        gene_list: Sequence[str] | None = None,
+        transform_batch: Names | None = None,
+        gene_list: Names | None = None,
         library_size: float | Literal["latent"] = 1.0,
         n_samples: int = 1,
         return_mean: bool = True,
@@ -164,9 +164,10 @@ class CellAnalyses(NamedModel):
         ----------
         adata : AnnData
             Raw counts of cells x genes.
-        transform_batch : str or sequence of str, optional
-            Batch to decode every cell as if from; the average over several.
-        gene_list : sequence of str, optional
+        transform_batch : str, number or sequence of them, optional
+            Batch to decode every cell as if from; the average over several. Numbers are read as
+            their text.
+        gene_list : str or sequence of str, optional
             Genes to return, in this order.
         library_size : float or "latent"
             What a cell's expression sums to; ``"latent"`` gives expected counts.
@@ -195,12 +196,13 @@ class CellAnalyses(NamedModel):
         check_draws(n_samples, seed)
         if library_size != "latent" and not float(library_size) > 0:
             raise ConfigError(f"library_size={library_size}", "give a number > 0, or 'latent'")
+        genes = None if gene_list is None else as_names(gene_list)
         wanted = Wanted(
             n_samples=0 if use_posterior_mean else n_samples,
             seed=seed,
             library_size=library_size,
             batches=self.batch_codes(transform_batch),
-            genes=None if gene_list is None else self._columns(gene_list),
+            genes=None if genes is None else self._columns(genes),
             average=return_mean,
         )
         found = normalized_expression(self.module, self.cells(adata, **alignment), wanted)
@@ -210,8 +212,8 @@ class CellAnalyses(NamedModel):
 
         return DataFrame(
             found,
-            index=chosen_cells(adata, alignment.get("indices")).obs_names,
-            columns=list(self.registry.genes if gene_list is None else gene_list),
+            index=chosen_names(adata, alignment.get("indices")),
+            columns=list(self.registry.genes if genes is None else genes),
         )
 
     @torch.no_grad()
@@ -262,7 +264,7 @@ class CellAnalyses(NamedModel):
             return np.array(self.fine_labels)[probability.argmax(1)]
         from pandas import DataFrame
 
-        index = chosen_cells(adata, alignment.get("indices")).obs_names
+        index = chosen_names(adata, alignment.get("indices"))
         return DataFrame(probability, index=index, columns=list(self.fine_labels))
 
     def _drawn_z(self, cells: Cells, seed: int) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rayvaec.data.names import choices
+from rayvaec.data.names import Names, as_names, choices, listing
 from rayvaec.errors import ConfigError, CountsError
 from rayvaec.infer.differential import REST, Comparison, compare, to_frame
 from rayvaec.infer.populations import Populations, pooled
@@ -16,6 +17,12 @@ from rayvaec.model.vaec import VAEC
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+
+logger = logging.getLogger("rayvaec")
+
+MIN_CELLS = 2
+"""Cells that a group must have to be compared."""
 
 
 class Groups(NamedTuple):
@@ -37,14 +44,25 @@ class Groups(NamedTuple):
 
 
 class Contrast(NamedTuple):
-    """Two groups, by their codes; ``two`` is None for all other cells."""
+    """Two groups to compare.
+
+    Parameters
+    ----------
+    one : int
+        Code of the first.
+    two : int or None
+        Code of the second; None for all other cells.
+    required : bool
+        Whether the first was asked for by name, and must not be left out for having too few cells.
+    """
 
     one: int
     two: int | None
+    required: bool = True
 
 
 def contrasts(
-    key: str, names: Sequence[str], group1: str | Sequence[str] | None, group2: str | None
+    key: str, names: Sequence[str], group1: Names | None, group2: str | int | None
 ) -> list[Contrast]:
     """Find the groups that are to be compared.
 
@@ -54,9 +72,9 @@ def contrasts(
         The column of obs that the groups are values of, for messages.
     names : sequence of str
         All groups.
-    group1 : str or sequence of str, optional
-        Each of these is compared; by default every group.
-    group2 : str, optional
+    group1 : str, number or sequence of them, optional
+        Each of these is compared; by default every group. Numbers are read as their text.
+    group2 : str or number, optional
         With this; by default with all other cells.
 
     Returns
@@ -69,21 +87,22 @@ def contrasts(
         If a name is unknown (the valid ones are listed), a group would be compared with itself, or
         there is one group only.
     """
-    if group1 is None:
-        group1 = [name for name in names if name != group2]
-    elif isinstance(group1, str):
-        group1 = [group1]
-    for name in [*group1, *([] if group2 is None else [group2])]:
+    second = None if group2 is None else str(group2)
+    required = group1 is not None
+    first = [name for name in names if name != second] if group1 is None else as_names(group1)
+    for name in [*first, *([] if second is None else [second])]:
         if name not in names:
             raise ConfigError(
-                f"there is no group {name!r} in {key}", f"choose from {choices(str(name), names)}"
+                f"there is no group {name!r} in {key}", f"choose from {choices(name, names)}"
             )
-        if name == group2 and name in group1:
+        if name == second and name in first:
             raise ConfigError(f"group {name!r} is compared with itself", "name two groups")
     if len(names) < 2:
-        raise ConfigError(f"{key} has the group {names[0]!r} alone", "name a column with several")
+        alone = f"the group {names[0]!r} alone" if names else "no groups"
+        raise ConfigError(f"{key} has {alone}", "name a column with several")
     code = {name: position for position, name in enumerate(names)}
-    return [Contrast(code[name], None if group2 is None else code[group2]) for name in group1]
+    two = None if second is None else code[second]
+    return [Contrast(code[name], two, required) for name in first]
 
 
 def compare_all(
@@ -119,18 +138,17 @@ def compare_all(
     Raises
     ------
     CountsError
-        If a group has fewer than two cells.
+        If a group that was asked for has fewer than two cells, or none is left to compare.
     """
     from pandas import concat
 
+    # Before anything is computed: the tables may take long.
+    compared = large_enough(names, populations.n_cells, wanted)
     pairs = []
-    for one, two in wanted:
+    for one, two, _ in compared:
         others = [two] if two is not None else [g for g in range(len(names)) if g != one]
         sides = [(names[one], [one]), (REST if two is None else names[two], others)]
         pairs.append([(name, pooled(populations, groups, how.n_samples)) for name, groups in sides])
-    # Before anything is computed: the tables may take long.
-    for name, population in (side for pair in pairs for side in pair):
-        check_size(name, population)
     tables = [
         to_frame(compare(module, one, two, how), genes, (name1, name2), how)
         for (name1, one), (name2, two) in pairs
@@ -138,10 +156,58 @@ def compare_all(
     return concat(tables)
 
 
+def large_enough(
+    names: Sequence[str], n_cells: NDArray[np.int64], wanted: Sequence[Contrast]
+) -> list[Contrast]:
+    """Leave out comparisons with too few cells, with a warning.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Names of the groups.
+    n_cells : array[n_groups] of int64
+        Cells of each group.
+    wanted : sequence of Contrast
+        What was asked for.
+
+    Returns
+    -------
+    list of Contrast
+
+    Raises
+    ------
+    CountsError
+        If a group that was asked for has fewer than two cells, or no comparison is left.
+    """
+    kept, small = [], {}
+    for contrast in wanted:
+        n_one, n_rest = int(n_cells[contrast.one]), int(n_cells.sum() - n_cells[contrast.one])
+        sides = [(names[contrast.one], n_one, contrast.required)]
+        if contrast.two is None:
+            sides.append((REST, n_rest, contrast.required))
+        else:
+            sides.append((names[contrast.two], int(n_cells[contrast.two]), True))
+        too_few = [side for side in sides if side[1] < MIN_CELLS]
+        for name, n, required in too_few:
+            if required:
+                raise too_small(name, n)
+            small[name] = n
+        if not too_few:
+            kept.append(contrast)
+    if not kept:
+        raise too_small(*next(iter(small.items())))
+    if small:
+        shown = listing(f"{name!r} ({n})" for name, n in small.items())
+        logger.warning(
+            "groups with fewer than %d cells are not compared with the others: %s", MIN_CELLS, shown
+        )
+    return kept
+
+
 def check_size(name: str, population: Populations) -> None:
     """Refuse a population of fewer than two cells, with a `CountsError` that names it."""
     n_cells = int(population.n_cells[0])
-    if n_cells < 2:
+    if n_cells < MIN_CELLS:
         raise too_small(name, n_cells)
 
 
@@ -149,6 +215,6 @@ def too_small(name: str, n_cells: int) -> CountsError:
     """Return the error that says that a group has too few cells to be compared."""
     return CountsError(
         f"group {name!r} has {n_cells} cell{'' if n_cells == 1 else 's'}, and a comparison needs "
-        "at least 2",
+        f"at least {MIN_CELLS}",
         "compare other groups",
     )

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 _PIECE_BYTES = 16 * 2**20
 _ROWS = 8192
 
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+"""First characters of text that spreadsheets compute (OWASP, CSV injection)."""
+
 
 def convert(source: Path, target: Path) -> None:
     """Write an AnnData in Zarr in the format that the name of `target` says.
@@ -134,11 +137,35 @@ def _column(element: Any, rows: slice) -> Any:
     return element[rows]
 
 
+def without_formulas(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table whose text no spreadsheet computes.
+
+    Parameters
+    ----------
+    table : DataFrame
+        With an index of names.
+
+    Returns
+    -------
+    DataFrame
+        With an apostrophe before each text, name of a row or of a column that starts with one of
+        `FORMULA_STARTS`; numbers are as they were.
+    """
+    text = table.select_dtypes(["object", "string", "category"]).columns
+    safe = table.assign(**{column: table[column].map(_without_formula) for column in text})
+    return safe.rename(index=_without_formula, columns=_without_formula)
+
+
+def _without_formula(value: Any) -> Any:
+    is_formula = isinstance(value, str) and value.startswith(FORMULA_STARTS)
+    return f"'{value}" if is_formula else value
+
+
 def _write_tables(tables: Iterator[pd.DataFrame], target: Path) -> None:
     """Write tables of the same columns, one below the other."""
     if target.suffix == ".csv":
         for number, table in enumerate(tables):
-            table.to_csv(target, mode="a", header=number == 0)
+            without_formulas(table).to_csv(target, mode="a", header=number == 0)
         return
     import pyarrow as pa
     import pyarrow.parquet as pq

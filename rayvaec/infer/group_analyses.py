@@ -8,20 +8,19 @@ docs/analyses.md says so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rayvaec.data.inputs.align import obs_column
-from rayvaec.data.registry import is_missing
+from rayvaec.data.inputs.memory import InMemory, positions
+from rayvaec.data.names import Names
 from rayvaec.errors import ConfigError
 from rayvaec.infer import correlation, vamp
 from rayvaec.infer.cells import Cells
 from rayvaec.infer.contrasts import Groups, check_size, compare_all, contrasts
 from rayvaec.infer.differential import Comparison, compare, to_frame
-from rayvaec.infer.named import NamedModel, chosen_cells
+from rayvaec.infer.named import NamedModel
 from rayvaec.infer.normalized import Wanted
 from rayvaec.infer.populations import summarise
 from rayvaec.infer.posterior import check_draws
@@ -70,8 +69,8 @@ class GroupAnalyses(NamedModel):
         self,
         adata: AnnData,
         groupby: str | None = None,
-        group1: str | Sequence[str] | None = None,
-        group2: str | None = None,
+        group1: Names | None = None,
+        group2: str | int | None = None,
         idx1: ArrayLike | None = None,
         idx2: ArrayLike | None = None,
         mode: Literal["change", "vanilla"] = "change",
@@ -93,8 +92,10 @@ class GroupAnalyses(NamedModel):
             Raw counts of cells x genes.
         groupby : str, optional
             Column of obs that holds the groups; the labels by default.
-        group1, group2 : str, optional
-            Groups to compare: each of `group1` (all by default) with `group2` (all other cells).
+        group1, group2 : str or number, optional
+            Groups to compare: each of `group1` (one or several) with `group2` (by default all other
+            cells). Numbers are read as their text. By default every group of at least two cells is
+            compared, and a warning names the others.
         idx1, idx2 : array-like of bool or int, optional
             Masks or positions of the cells to compare, instead of groups.
         mode, delta, all_stats, batch_correction, pseudocounts, seed
@@ -116,7 +117,7 @@ class GroupAnalyses(NamedModel):
         ConfigError
             If a group is unknown (valid ones are listed) or an option out of range.
         CountsError
-            If there is no such column, or a group has fewer than two cells.
+            If there is no such column, or a group that is named has fewer than two cells.
         """
         how = Comparison(
             *(mode, delta, fdr_target, n_samples_overall, pseudocounts),
@@ -124,8 +125,9 @@ class GroupAnalyses(NamedModel):
         )
         if idx1 is not None:
             return self._compare_chosen(self.cells(adata, **alignment), idx1, idx2, how)
-        groups = self._groups(
-            chosen_cells(adata, alignment.get("indices")), groupby or alignment.get("labels_key")
+        key = groupby or alignment.get("labels_key") or self.registry.labels_key
+        groups = _groups(
+            InMemory(adata, alignment.get("layer"), rows=alignment.get("indices")), key
         )
         wanted = contrasts(groups.key, groups.names, group1, group2)
         cells = self.cells(adata, **alignment)
@@ -156,7 +158,7 @@ class GroupAnalyses(NamedModel):
         *,
         n_samples: int = 10,
         rna_size_factor: float = 1000.0,
-        transform_batch: str | Sequence[str] | None = None,
+        transform_batch: Names | None = None,
         correlation_type: Literal["spearman", "pearson"] = "spearman",
         seed: int = 0,
         **alignment: Any,
@@ -171,8 +173,9 @@ class GroupAnalyses(NamedModel):
             Draws a cell.
         rna_size_factor : float
             Expected total of a draw: the smaller, the more dispersion there is.
-        transform_batch : str or sequence of str, optional
-            Batch to decode every cell as if from; the mean of the matrices of several.
+        transform_batch : str, number or sequence of them, optional
+            Batch to decode every cell as if from; the mean of the matrices of several. Numbers are
+            read as their text.
         correlation_type : {"spearman", "pearson"}
             Of ranks, for which all draws are held in memory (4 bytes a value), or of values.
         seed : int
@@ -209,25 +212,17 @@ class GroupAnalyses(NamedModel):
         genes = list(self.registry.genes)
         return DataFrame(np.mean(matrices, axis=0), index=genes, columns=genes)
 
-    def _groups(self, adata: AnnData, key: str | None) -> Groups:
-        key = key or self.registry.labels_key
-        values = [None if is_missing(v) else str(v) for v in obs_column(adata, key, "adata")]
-        names = sorted({value for value in values if value is not None})
-        code = {name: number for number, name in enumerate(names)} | {None: -1}
-        return Groups(key, names, np.array([code[value] for value in values], np.int64))
+
+def _groups(source: InMemory, key: str) -> Groups:
+    """Return the groups that an obs column makes; cells without a value are in none."""
+    values = source.column(key)
+    names = sorted({value for value in values if value is not None})
+    code: dict[str | None, int] = {name: number for number, name in enumerate(names)}
+    return Groups(key, names, np.array([code.get(value, -1) for value in values], np.int64))
 
 
 def _mask(which: ArrayLike, n_cells: int, name: str) -> NDArray[np.bool_]:
     """Return a mask, or the mask of positions."""
-    given = np.asarray(which).ravel()
     mask = np.zeros(n_cells, bool)
-    fits = len(given) == n_cells if given.dtype == bool else given.dtype.kind in "iu"
-    if fits and given.dtype != bool and len(given):
-        fits = bool(given.min() >= 0 and given.max() < n_cells)
-    if not fits:
-        raise ConfigError(
-            f"{name} is neither a mask of the {n_cells} cells nor positions of some",
-            f"give {n_cells} truth values, or whole numbers from 0 to {n_cells - 1}",
-        )
-    mask[given] = True
+    mask[positions(which, n_cells, name)] = True
     return mask

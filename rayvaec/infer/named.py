@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import ArrayLike
 
-from rayvaec.data.names import listing
+from rayvaec.data.inputs.memory import positions
+from rayvaec.data.names import Names, as_names, listing
 from rayvaec.data.registry import Registry
 from rayvaec.errors import ConfigError, ModelError
 from rayvaec.infer.cells import Cells
@@ -18,6 +17,7 @@ from rayvaec.model.saved import SavedModel
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from pandas import Index
 
 logger = logging.getLogger("rayvaec")
 
@@ -94,11 +94,13 @@ class NamedModel:
         labels_key : str, optional
             Column of obs with the labels; by default the registry's own.
         layer : str, optional
-            Layer with the counts; X by default.
+            Layer with the counts; X by default, ``"raw"`` for the counts and genes of
+            ``adata.raw``.
         allow_missing : bool
             Whether genes that `adata` lacks count as zero instead of being an error.
         indices : array-like, optional
-            Positions or mask of the cells to take; all by default.
+            Positions or mask of the cells to take; all by default. A cell that is named several
+            times gets several draws.
 
         Returns
         -------
@@ -106,14 +108,18 @@ class NamedModel:
 
         Raises
         ------
+        ConfigError
+            If `indices` leads outside `adata`.
         CountsError
-            If counts, genes or labels do not fit; the message names them.
+            If `adata` is not an AnnData in memory, or counts, genes or labels do not fit; the
+            message names them.
         """
         aligned = self.registry.align(
-            chosen_cells(adata, indices),
+            adata,
             labels_key=labels_key,
             layer=layer,
             allow_missing=allow_missing,
+            rows=indices,
         )
         if aligned.missing or aligned.extra:
             logger.warning(
@@ -121,12 +127,21 @@ class NamedModel:
                 *(len(aligned.missing), len(aligned.extra)),
             )
         return Cells(
-            *(aligned.indptr, aligned.indices, aligned.counts),
-            *(aligned.labels, aligned.batches, cell_keys(aligned.names)),
+            indptr=aligned.indptr,
+            indices=aligned.indices,
+            counts=aligned.counts,
+            labels=aligned.labels,
+            batches=aligned.batches,
+            keys=cell_keys(aligned.names),
         )
 
-    def batch_codes(self, names: str | Sequence[str] | None) -> tuple[int | None, ...]:
+    def batch_codes(self, names: Names | None) -> tuple[int | None, ...]:
         """Return the codes of batches to decode as if from; ``(None,)`` of none named.
+
+        Parameters
+        ----------
+        names : str, number or sequence of them, optional
+            A scalar is one name; numbers are read as their text.
 
         Raises
         ------
@@ -139,13 +154,14 @@ class NamedModel:
             return (None,)
         if not self.registry.batches:
             raise ConfigError(f"transform_batch={names!r} and the model has no batches", "leave it")
-        names = [names] if isinstance(names, str) else list(names)
-        return tuple(self.registry.encode_batches(names, "transform_batch").tolist())
+        return tuple(self.registry.encode_batches(as_names(names), "transform_batch").tolist())
 
 
-def chosen_cells(adata: AnnData, indices: ArrayLike | None) -> AnnData:
-    """Return the cells at some positions or under a mask; all where that is None."""
-    return adata if indices is None else adata[np.asarray(indices)]
+def chosen_names(adata: AnnData, indices: ArrayLike | None) -> Index[str]:
+    """Return the obs names of the cells at some positions or under a mask, by default of all."""
+    if indices is None:
+        return adata.obs_names
+    return adata.obs_names[positions(indices, adata.n_obs, "indices")]
 
 
 def _shown(value: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import zarr
 
+from rayvaec.data.inputs.cell_names import Repetitions
 from rayvaec.data.store import Store, open_store
 from rayvaec.errors import RayvaecError
 from rayvaec.infer.actors import Crew
@@ -36,6 +37,9 @@ class Task(ABC):
 
     as_stored: ClassVar[bool] = True
     """Whether rows are in the order in which they lie; else validation cells come last."""
+
+    keyed: ClassVar[bool] = True
+    """Whether it depends on the keys of the cells' noise, and so on their names."""
 
     def identity(self) -> dict[str, Any]:
         """Return what distinguishes the task from others, JSON-able."""
@@ -83,6 +87,8 @@ class Work:
         Absolute paths of the AnnData to fill and of the folder for parts of regions.
     device : str
         Where the models compute.
+    repetitions : Repetitions, optional
+        Cells whose name an earlier one has, where results depend on names.
     """
 
     models: tuple[tuple[str, str], ...]
@@ -93,6 +99,7 @@ class Work:
     output: str
     parts: str
     device: str = "cpu"
+    repetitions: Repetitions | None = None
 
 
 class RegionWorker:
@@ -134,7 +141,8 @@ class RegionWorker:
         for path, expected in self.work.models:
             model = load_model(path, self.work.device)
             _check_same("model", path, model.hash, expected)
-            opened.append((model, StoreCells(self.store, model.registry)))
+            cells = StoreCells(self.store, model.registry, self.work.repetitions)
+            opened.append((model, cells))
         return opened
 
     @cached_property

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from rayvaec.data.inputs.align import align_columns
+from rayvaec.data.inputs.cell_names import Repetitions, find_repetitions, warn_of_repeated
 from rayvaec.data.names import choices, listing
 from rayvaec.data.registry import Registry, inverse
 from rayvaec.data.store import Rows, Store
@@ -33,6 +34,8 @@ class StoreCells:
         Where the cells lie.
     registry : Registry
         The model's genes, labels and batches.
+    repetitions : Repetitions, optional
+        Of `repeated_names`; without it, names are taken to be unique.
 
     Raises
     ------
@@ -41,8 +44,11 @@ class StoreCells:
         listed.
     """
 
-    def __init__(self, store: Store, registry: Registry) -> None:
+    def __init__(
+        self, store: Store, registry: Registry, repetitions: Repetitions | None = None
+    ) -> None:
         self._store, self._n_genes = store, registry.n_genes
+        self._repetitions = repetitions
         own = store.registry
         genes = registry.align_genes(own.genes)
         if genes.missing:
@@ -91,6 +97,10 @@ class StoreCells:
             )
             x = align_columns(x, self._columns, self._n_genes)
             indptr, indices, counts = x.indptr.astype(np.int64), x.indices, x.data
+        keys = np.zeros(len(names), np.uint64)
+        if keyed:
+            unique = names if self._repetitions is None else self._repetitions.rename(names, start)
+            keys = cell_keys(unique)
         batches = None
         if self._batches is not None and rows.batches is not None:
             batches = self._batches[rows.batches]
@@ -100,9 +110,38 @@ class StoreCells:
             counts=counts,
             labels=self._labels[rows.labels],
             batches=batches,
-            keys=cell_keys(names) if keyed else np.zeros(len(names), np.uint64),
+            keys=keys,
         )
         return rows, names, cells
+
+
+def repeated_names(store: Store) -> Repetitions | None:
+    """Find the cells of a store whose name an earlier one has, and log how many there are.
+
+    Which occurrence a cell is follows from the whole store in the order in which it lies, so that
+    its random numbers depend neither on how the work is cut nor on what it is.
+
+    Parameters
+    ----------
+    store : Store
+
+    Returns
+    -------
+    Repetitions or None
+        None where every name occurs once, as in every store that rayvaec wrote.
+    """
+    if store.has_unique_names:
+        return None
+    stored = store.as_stored()
+    found = find_repetitions(stored.obs_names, store.n_cells)
+    if not len(found.rows):
+        return None
+    row = int(found.rows[0])
+    (example,) = found.rename(stored.obs_names(row, row + 1), row)
+    warn_of_repeated(str(store.path), len(found.rows), store.n_cells, example)
+    rows = store.places_of(found.rows)
+    order = np.argsort(rows)
+    return Repetitions(rows[order], found.suffixes[order])
 
 
 def _matched(

@@ -109,8 +109,8 @@ def test_a_comparison_does_not_depend_on_the_order_of_the_cells(model, adata):
         ({"n_samples_overall": 1}, "n_samples=1"),
         ({"pseudocounts": 0}, "pseudocounts=0"),
         ({"batch_correction": True}, "has no batches"),
-        ({"idx1": [1, 2], "idx2": [300]}, "idx2 is neither a mask of the 200 cells"),
-        ({"idx1": [True, False]}, "idx1 is neither"),
+        ({"idx1": [1, 2], "idx2": [300]}, "idx2 has the position 300, and there are 200"),
+        ({"idx1": [True, False]}, "idx1 is an array of bool of shape \\(2,\\)"),
     ],
 )
 def test_options_of_a_comparison_that_do_not_fit_are_refused(model, adata, options, message):
@@ -118,11 +118,41 @@ def test_options_of_a_comparison_that_do_not_fit_are_refused(model, adata, optio
         model.differential_expression(adata, **options)
 
 
+def test_groups_of_one_cell_are_left_out_unless_they_are_named(model, adata, caplog):
+    few = adata.copy()
+    few.obs["kind"] = ["alone", "lone", *["a", "b"] * 99]
+    table = model.differential_expression(few, "kind")
+    assert set(table["group1"]) == {"a", "b"}
+    assert "fewer than 2 cells are not compared with the others: 'alone' (1), 'lone' (1)" in (
+        caplog.text
+    )
+    named = model.differential_expression(few, "kind", group1=["a", "b"])
+    assert named.equals(table)  # the rest of the others has all cells
+    for group in ("alone", ["a", "alone"]):
+        with pytest.raises(CountsError, match="group 'alone' has 1 cell"):
+            model.differential_expression(few, "kind", group1=group)
+
+
+@pytest.mark.parametrize("kind", [str, int, np.int64, np.uint8, bool])
+def test_groups_are_named_by_their_text(model, adata, kind):
+    plain, typed = adata.copy(), adata.copy()
+    typed.obs["kind"] = (np.arange(200) % 2).astype(kind)
+    names = [str(value) for value in np.unique(typed.obs["kind"])]
+    plain.obs["kind"] = [str(value) for value in typed.obs["kind"]]
+    first = kind(0) if kind is not bool else False
+    expected = model.differential_expression(plain, "kind", group1=names[0], group2=names[1])
+    for one, two in ((first, kind(1)), ([first], names[1]), (np.array([names[0]]), names[1])):
+        found = model.differential_expression(typed, "kind", group1=one, group2=two)
+        assert found.equals(expected)
+
+
 def test_groups_need_two_cells(model, adata):
     lonely = adata.copy()
     lonely.obs["kind"] = ["alone", *["many"] * 199]
     with pytest.raises(CountsError, match="group 'alone' has 1 cell, and a comparison needs"):
         model.differential_expression(lonely, "kind")
+    with pytest.raises(CountsError, match="group 'alone' has 1 cell, and a comparison needs"):
+        model.differential_expression(lonely, "kind", group1="many", group2="alone")
     with pytest.raises(CountsError, match="group 'idx2' has 0 cells"):
         model.differential_expression(adata, idx1=[1, 2], idx2=np.zeros(200, bool))
     lonely.obs["kind"] = "many"

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
+import zarr
 
 from rayvaec.data.build import PrepareConfig, prepare
 from rayvaec.data.simulate import simulate
@@ -604,7 +605,10 @@ def test_comparisons_that_cannot_be_made_are_refused_and_leave_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_label_of_one_cell_is_not_compared(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("lasting")
+def test_a_label_of_one_cell_is_not_compared(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     adata = simulate(n_cells=60, n_genes=20, n_labels=2, seed=1)
     adata.obs["cell_type"] = ["alone", *["a", "b"] * 29, "a"]
     adata.write_h5ad(tmp_path / "a.h5ad")
@@ -612,8 +616,34 @@ def test_a_label_of_one_cell_is_not_compared(tmp_path: Path) -> None:
     model = _save(tmp_path / "model", list(adata.var_names), ["a", "alone", "b"])
     paths = model, tmp_path / "store", tmp_path / "de.csv"
     with pytest.raises(CountsError, match="group 'alone' has 1 cell, and a comparison needs"):
-        bulk.differential_expression_store(*paths)
+        bulk.differential_expression_store(*paths, group1=["a", "alone"])
     assert not list(tmp_path.glob("de.csv*"))
+    bulk.differential_expression_store(*paths)
+    assert "fewer than 2 cells are not compared with the others: 'alone' (1)" in caplog.text
+    assert set(pd.read_csv(tmp_path / "de.csv")["group1"]) == {"a", "b"}
+
+
+@pytest.mark.usefixtures("lasting")
+@pytest.mark.filterwarnings("ignore:Observation names are not unique")
+def test_cells_of_one_name_are_told_apart_over_the_whole_store(
+    model_path: Path,
+    model: TrainedModel,
+    in_memory: anndata.AnnData,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    repeated = in_memory[np.full(600, 3)].copy()  # three regions
+    repeated.obs_names = [f"c{cell % 200}" for cell in range(600)]
+    anndata.io.write_elem(
+        zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=2), "/", repeated
+    )
+    bulk.sample_store(model_path, tmp_path / "a.zarr", tmp_path / "out.zarr", 1, seed=5)
+    assert "400 of 600 cells have the name of an earlier one" in caplog.text
+    found = anndata.read_zarr(tmp_path / "out.zarr")
+    assert list(found.obs_names) == list(repeated.obs_names)
+    drawn = found.layers["sample_0"].toarray()
+    np.testing.assert_array_equal(drawn, model.sample(repeated, 1, seed=5)[..., 0])
+    assert len(np.unique(drawn, axis=0)) == 600
 
 
 def test_a_learned_prior_is_not_estimated(store_path: Path, tmp_path: Path) -> None:

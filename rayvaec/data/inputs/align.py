@@ -1,20 +1,17 @@
-"""Other data's matrix: read it, check it, name its values' places, bring its genes into order."""
+"""Other data's matrix: check it, name its values' places, bring its genes into order."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
 from rayvaec.data.inputs.counts import LARGEST_COUNT
-from rayvaec.data.names import choices, listing
+from rayvaec.data.names import listing
 from rayvaec.errors import CountsError
-
-if TYPE_CHECKING:
-    from anndata import AnnData
 
 
 def check_offsets(indptr: NDArray[np.int64], n: int, stored: int, where: str) -> None:
@@ -68,7 +65,7 @@ def align_columns(x: sparse.csr_array, target: NDArray[np.int64], n_genes: int) 
     Returns
     -------
     csr_array[n_cells, n_genes] of int32
-        Sorted, without duplicates or zeros.
+        Sorted, without duplicates or zeros; nothing of `x` is changed.
 
     Raises
     ------
@@ -83,13 +80,42 @@ def align_columns(x: sparse.csr_array, target: NDArray[np.int64], n_genes: int) 
             (x.data[kept], moved[kept].astype(np.int32), ends[x.indptr].astype(x.indptr.dtype)),
             shape=(x.shape[0], n_genes),
         )
+    return canonical(x)
+
+
+def canonical(x: sparse.csr_array) -> sparse.csr_array:
+    """Sort the entries of every row, sum those of the same column, and drop zeros.
+
+    Parameters
+    ----------
+    x : csr_array[n_cells, n_genes] of int32
+        Counts; its arrays may be another's, and are not written to.
+
+    Returns
+    -------
+    csr_array[n_cells, n_genes] of int32
+        `x` itself where there is nothing to do.
+
+    Raises
+    ------
+    CountsError
+        If duplicates add up to more than a count may be.
+    """
     if not x.has_canonical_format:
-        x = x.astype(np.int64)
+        x = x.astype(np.int64)  # a copy: scipy sorts and sums in place, in the type of the data
         x.sum_duplicates()
         if x.nnz and x.data.max() > LARGEST_COUNT:
-            raise CountsError(f"duplicate entries add up to {x.data.max()}", "correct the matrix")
+            place = int(x.data.argmax())
+            row = int(np.searchsorted(x.indptr, place, side="right")) - 1
+            raise CountsError(
+                f"duplicate entries at row {row}, column {x.indices[place]} add up to "
+                f"{x.data[place]}, above the largest count, {LARGEST_COUNT}",
+                "correct the matrix",
+            )
         x = x.astype(np.int32)
-    x.eliminate_zeros()
+    if not x.data.all():
+        x = x.copy()
+        x.eliminate_zeros()
     return x
 
 
@@ -121,55 +147,6 @@ def place_in_csr(
         return cells(row), genes[int(indices[position])]
 
     return locate
-
-
-def matrix_in_memory(
-    adata: AnnData, layer: str | None, where: str
-) -> tuple[sparse.csr_array, list[str]]:
-    """Read an AnnData's counts, not yet checked.
-
-    Parameters
-    ----------
-    adata : AnnData
-        Sparse or dense, in memory or opened with ``backed="r"``.
-    layer : str, optional
-        Layer to read; X by default, ``"raw"`` reads ``adata.raw``.
-    where : str
-        What to call `adata` in messages.
-
-    Returns
-    -------
-    tuple of csr_array[n_cells, n_names] and list of str
-        The values as they are stored, and the names of the columns.
-
-    Raises
-    ------
-    CountsError
-        If there is no such layer.
-    """
-    matrix: Any
-    if layer == "raw" and layer not in adata.layers and adata.raw is not None:
-        matrix, genes = adata.raw.X, adata.raw.var_names
-    elif layer is not None and layer not in adata.layers:
-        fix = f"the layers are {choices(layer, list(adata.layers))}"
-        raise CountsError(f"{where} has no layer {layer!r}", fix)
-    else:
-        matrix, genes = adata.X if layer is None else adata.layers[layer], adata.var_names
-    if matrix is None:
-        raise CountsError(f"{where} has no X", f"name a layer: {listing(adata.layers)}")
-    if hasattr(matrix, "to_memory"):  # an AnnData opened with backed="r"
-        matrix = matrix.to_memory()
-    if not sparse.issparse(matrix):
-        matrix = np.asarray(matrix)
-    return sparse.csr_array(matrix), genes.astype(str).tolist()
-
-
-def obs_column(adata: AnnData, key: str, where: str) -> Any:
-    """Return a column of obs; a `CountsError` lists the columns where it does not exist."""
-    if key not in adata.obs:
-        fix = f"the columns are {choices(key, list(adata.obs.columns))}"
-        raise CountsError(f"{where}.obs has no column {key!r}", fix)
-    return adata.obs[key]
 
 
 def refuse_missing(

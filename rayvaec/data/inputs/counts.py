@@ -49,10 +49,7 @@ def as_counts(
         If a value is NaN, infinite, negative, not whole or above 2**31 - 1; the message names
         the first such value, its place, how many there are, and what to do.
     """
-    if data.dtype.kind not in "buif":
-        raise CountsError(
-            f"{where} holds values of type {data.dtype}", "counts must be integers or floats"
-        )
+    check_dtype(data.dtype, where)
     if data.size == 0:
         return np.empty(0, np.int32)
     # As Python's numbers: a float32 cannot tell the bound from 2**31. NaN makes this false, and
@@ -62,6 +59,14 @@ def as_counts(
         if data.dtype.kind in "bui" or np.array_equal(counts, data):
             return counts
     raise _refusal(data, locate, where, _fix(layers, option))
+
+
+def check_dtype(dtype: np.dtype[Any], where: str) -> None:
+    """Refuse values that are neither integers, truth values nor floats; `where` names them."""
+    if dtype.kind not in "buif":
+        raise CountsError(
+            f"{where} holds values of type {dtype}", "counts must be integers or floats"
+        )
 
 
 def _refusal(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rayvaec.errors import CountsError, RequestError
+from rayvaec.errors import RequestError
 from rayvaec.serve.wire.answers import DrawnRows
 from rayvaec.serve.wire.cells import RawCells
 
@@ -23,7 +23,7 @@ Form = Literal["adata", "csr", "array"]
 def cells_of(
     adata: AnnData, labels_key: str, batch_key: str | None, layer: str | None
 ) -> tuple[RawCells, list[str]]:
-    """Take cells and gene names out of an AnnData; the server checks their values.
+    """Take cells and gene names out of an AnnData, checked as in process.
 
     Parameters
     ----------
@@ -34,42 +34,32 @@ def cells_of(
     batch_key : str, optional
         Column of obs with the batches.
     layer : str, optional
-        Layer with the counts; X by default.
+        Layer with the counts; X by default, ``"raw"`` for ``adata.raw``.
 
     Returns
     -------
     tuple of RawCells and list of str
+        Cells with names of their own: repeated ones are told apart by their occurrence.
 
     Raises
     ------
     CountsError
-        If a column or layer does not exist, or values are missing or not numbers.
+        If `adata` is not an AnnData in memory, a column or layer does not exist, a label is
+        missing, or a value is not a count.
     """
-    from scipy import sparse
+    from rayvaec.data.inputs.memory import InMemory
 
-    if layer is not None and layer not in adata.layers:
-        raise CountsError(f"adata has no layer {layer!r}", f"it has {_names(adata.layers)}")
-    matrix: Any = adata.X if layer is None else adata.layers[layer]
-    if matrix is None:
-        raise CountsError("adata has no X", f"name a layer: {_names(adata.layers)}")
-    if hasattr(matrix, "to_memory"):  # an AnnData opened with backed="r"
-        matrix = matrix.to_memory()
-    values: Any = matrix if sparse.issparse(matrix) else np.asarray(matrix)
-    x = sparse.csr_array(values)
-    if x.dtype.kind not in "buif":
-        raise CountsError(f"adata holds values of type {x.dtype}", "counts must be numbers")
-    if not x.has_canonical_format:
-        x = x.copy()  # its arrays are the AnnData's own
-        x.sum_duplicates()
+    source = InMemory(adata, layer)
+    x = source.counts()
     cells = RawCells(
-        labels=_column(adata, labels_key),
+        labels=list(source.named_column(labels_key, "label")),
         indptr=x.indptr.astype(np.int64),
         indices=x.indices.astype(np.int64),
-        counts=x.data.astype(np.int8) if x.dtype.kind == "b" else x.data,
-        batches=None if batch_key is None else _column(adata, batch_key),
-        cell_ids=adata.obs_names.astype(str).tolist(),
+        counts=x.data,
+        batches=None if batch_key is None else list(source.named_column(batch_key, "batch")),
+        cell_ids=list(source.names),
     )
-    return cells, adata.var_names.astype(str).tolist()
+    return cells, source.genes
 
 
 def rows_as(
@@ -153,25 +143,3 @@ def _annotated(
     return anndata.AnnData(
         obs=obs.copy(), var=pd.DataFrame(index=list(genes)), layers=layers, uns={"rayvaec": said}
     )
-
-
-def _column(adata: AnnData, key: str) -> list[str | None]:
-    if key not in adata.obs:
-        raise CountsError(
-            f"adata.obs has no column {key!r}", f"the columns are {_names(adata.obs.columns)}"
-        )
-    column = adata.obs[key]
-    missing = np.flatnonzero(column.isna())
-    if missing.size:
-        raise CountsError(
-            f"adata.obs[{key!r}] has no value for {missing.size} of {len(column)} cells, the first "
-            f"at position {missing[0]}",
-            "remove these cells or give them one",
-        )
-    return column.astype(str).tolist()
-
-
-def _names(names: Any) -> str:
-    every = [str(name) for name in names]
-    more = f" and {len(every) - 10} more" if len(every) > 10 else ""
-    return ", ".join(every[:10]) + more if every else "none"
