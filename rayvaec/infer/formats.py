@@ -5,6 +5,7 @@ Everything is copied in pieces, so that memory does not grow with the number of 
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -165,7 +166,10 @@ def _write_tables(tables: Iterator[pd.DataFrame], target: Path) -> None:
     """Write tables of the same columns, one below the other."""
     if target.suffix == ".csv":
         for number, table in enumerate(tables):
-            without_formulas(table).to_csv(target, mode="a", header=number == 0)
+            # Unquoted, a carriage return would end a row.
+            without_formulas(table).to_csv(
+                target, mode="a", header=number == 0, quoting=csv.QUOTE_NONNUMERIC
+            )
         return
     import pyarrow as pa
     import pyarrow.parquet as pq
