@@ -18,7 +18,7 @@ from rayvaec.data.names import listing
 from rayvaec.errors import ConfigError, CountsError
 
 if TYPE_CHECKING:
-    from rayvaec.data.inputs.elements import Column
+    from rayvaec.data.inputs.frame import Column
 
 logger = logging.getLogger("rayvaec")
 

@@ -21,8 +21,9 @@ from scipy import sparse
 from rayvaec.data.inputs.access import Access
 from rayvaec.data.inputs.align import check_offsets, check_positions
 from rayvaec.data.inputs.csc import csc_rows
-from rayvaec.data.inputs.elements import AnnDataGroup, Column, Matrix
+from rayvaec.data.inputs.elements import AnnDataGroup, Matrix
 from rayvaec.data.inputs.failures import missing_file, reading
+from rayvaec.data.inputs.frame import Column
 from rayvaec.data.inputs.zarr_access import ZarrAccess
 from rayvaec.errors import ConfigError, CountsError, FormatError
 

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from rayvaec.data.blobs import Blobs, ByteRange
 from rayvaec.data.delta import without_delta_warning
 from rayvaec.data.groups import COLLECTION, group_attributes
-from rayvaec.data.inputs.elements import AnnDataGroup, Column
+from rayvaec.data.inputs.elements import AnnDataGroup
 from rayvaec.data.inputs.failures import reading
+from rayvaec.data.inputs.frame import Column
 from rayvaec.data.inputs.zarr_access import ZarrAccess
 from rayvaec.data.names import listing
 from rayvaec.data.shards import Vector, open_vector

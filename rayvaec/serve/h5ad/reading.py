@@ -16,7 +16,8 @@ from rayvaec.data.inputs.align import (
     place_in_csr,
 )
 from rayvaec.data.inputs.counts import as_counts
-from rayvaec.data.inputs.elements import AnnDataGroup, Column, Matrix
+from rayvaec.data.inputs.elements import AnnDataGroup, Matrix
+from rayvaec.data.inputs.frame import Column
 from rayvaec.data.inputs.obs import refuse_missing_values
 from rayvaec.errors import CountsError, FormatError, UndecodableError, UnprocessableError
 from rayvaec.serve.h5ad.access import UploadAccess
