@@ -17,6 +17,7 @@ import orjson
 
 import rayvaec
 from rayvaec.infer.cells import Cells
+from rayvaec.infer.moments import MOMENTS, DrawMoments
 from rayvaec.infer.trained import TrainedModel
 from rayvaec.serve.bodies import Sent, unpack
 from rayvaec.serve.h5ad.sandbox import Sandbox
@@ -272,8 +273,9 @@ class Service:
             keys=np.zeros(1, np.uint64),
         )
         library = np.ones(1, np.float32)
+        moments = DrawMoments(1, self.model.registry.n_genes, MOMENTS, ())
         for job in (
-            Job("draw", cells, _same),
+            Job("draw", cells, lambda draws: moments.add(draws, n_samples=1)),
             Job("generate", cells, _same, library=library),
             Job("latent", cells, _same),
             Job("expression", cells, _same),

@@ -3,6 +3,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -434,6 +436,46 @@ def test_a_rerun_does_what_is_missing(
     assert again == {"computed 3"}
     assert _files(out) == _files(undisturbed)
     assert not (tmp_path / "out.zarr.partial").exists()
+
+
+IS_KILLED = """
+import os, signal, sys
+import ray
+from rayvaec.runtime import require_token
+from rayvaec.infer import bulk, regions
+from rayvaec.infer.ledger import RunState
+
+regions.MAX_REGION = 256
+finish = RunState.finish
+
+def die(self, stage, item, record):
+    finish(self, stage, item, record)
+    if stage == "regions":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+RunState.finish = die
+require_token()
+ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+bulk.embed_store(*sys.argv[1:])
+"""
+
+
+def test_a_command_that_was_killed_is_gone_on_with(
+    model_path: Path, store_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out.zarr"
+    caplog.set_level("INFO", "rayvaec")
+    command = [sys.executable, "-c", IS_KILLED, str(model_path), str(store_path), str(out)]
+    killed = subprocess.run(command, timeout=200, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {".out.zarr.lock", "out.zarr.partial"}
+    with pytest.raises(StoreError, match='quantity was "latent" and is "elbo"'):
+        bulk.elbo_store(model_path, store_path, out)
+    bulk.embed_store(model_path, store_path, out, num_workers=2)
+    assert "going on: 1 of 5 regions are finished" in caplog.text
+    bulk.embed_store(model_path, store_path, tmp_path / "whole.zarr")
+    assert _files(out) == _files(tmp_path / "whole.zarr")
+    assert {path.name for path in tmp_path.iterdir()} == {"out.zarr", "whole.zarr"}
 
 
 class _WritesShort(_FailsAt):

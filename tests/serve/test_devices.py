@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 import anndata
 import pytest
 
+from rayvaec.infer.moments import DrawMoments
 from rayvaec.infer.trained import load_model
 from rayvaec.serve.limits import Limits
 from rayvaec.serve.routes import create_app
@@ -45,6 +46,13 @@ def test_every_kind_of_job_is_warmed_up(on_meta: Service, monkeypatch: pytest.Mo
     monkeypatch.setitem(Service.warm_up.__globals__, "run_jobs", seen)
     on_meta.warm_up()
     assert set(kinds) == set(get_args(get_type_hints(Job)["kind"]))
+
+
+def test_sums_over_draws_are_warmed_up(on_meta: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    added: list[int] = []
+    monkeypatch.setattr(DrawMoments, "add", lambda _, draws, n_samples: added.append(n_samples))
+    on_meta.warm_up()
+    assert added == [1]
 
 
 def test_every_route_computes_where_the_model_is(
