@@ -92,6 +92,12 @@ class DrawMoments:
             cell = np.repeat(np.arange(len(draws.indptr) - 1) // n_samples, np.diff(draws.indptr))
             self._histogram.add(cell * self._shape[1] + draws.indices, draws.counts)
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the sums and of the counts that are kept for quantiles."""
+        sums = sum(each.nbytes for each in self._sums or ())
+        return sums + (0 if self._histogram is None else self._histogram.n_bytes)
+
     def columns(self) -> dict[str, NDArray[np.float64]]:
         """Return an array [n_cells, n_genes] of each moment and quantile, by `column_names`."""
         found: list[NDArray[np.float64]] = []
@@ -158,6 +164,11 @@ class Histogram:
     def __init__(self, n_places: int) -> None:
         self._n_places = n_places
         self._keys, self._times = np.zeros(0, np.int64), np.zeros(0, np.int64)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the counts that are kept."""
+        return self._keys.nbytes + self._times.nbytes
 
     def add(self, place: NDArray[np.int64], counts: NDArray[np.int32]) -> None:
         """Take in counts above 0, each at its place."""

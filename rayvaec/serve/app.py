@@ -22,9 +22,9 @@ from rayvaec.infer.trained import load_model
 from rayvaec.runtime import ray_session, usable_cpus
 from rayvaec.serve import front
 from rayvaec.serve.auth import TOKEN_VARIABLE, check_bind, token_digest
-from rayvaec.serve.guard import log_with_serve
 from rayvaec.serve.hosts import AllowedHosts
 from rayvaec.serve.limits import Limits
+from rayvaec.serve.logs import hide_values, log_with_serve
 from rayvaec.serve.metrics import Metrics
 from rayvaec.serve.models import ONLY_NAME, check_names
 from rayvaec.serve.replicas import cpus_per_replica, replica_range, scaling
@@ -122,6 +122,7 @@ class Endpoint:
             self._services[name].warm_up()
         self._metrics: Metrics | None = None
         log_with_serve()
+        hide_values()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application; Ray Serve calls this once the models are loaded."""

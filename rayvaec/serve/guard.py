@@ -6,10 +6,9 @@ import asyncio
 import logging
 import re
 import time
-import traceback
 import uuid
-from collections.abc import Collection
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -17,15 +16,21 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rayvaec.errors import CountsError, ModelError, RayvaecError, RequestError
+from rayvaec.errors import (
+    BrokenAnswerError,
+    CountsError,
+    ModelError,
+    RayvaecError,
+    RequestError,
+    TimedOutError,
+)
 from rayvaec.serve.auth import TOKEN_VARIABLE, arrived_on_loopback, authorized
+from rayvaec.serve.concurrency import ConcurrencyLimiter
+from rayvaec.serve.flow import EXTENSION, PIECE_BYTES, SendWindow
 from rayvaec.serve.hosts import AllowedHosts
-from rayvaec.serve.limits import Gate
+from rayvaec.serve.logs import access, log_failure, logger
 from rayvaec.serve.metrics import OTHER, Metrics
 from rayvaec.serve.page import PATHS as PAGE_PATHS
-
-logger = logging.getLogger("rayvaec")
-access = logging.getLogger("rayvaec.access")
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", *PAGE_PATHS})
 """Paths that need no token, as those below /docs do not: they tell nothing about the models."""
@@ -38,13 +43,6 @@ CUT_OFF = 499
 
 _REQUEST_ID = "X-Request-ID"
 _ID_PATTERN = re.compile(r"[\x21-\x7e]{1,128}")
-
-
-def log_with_serve() -> None:
-    """Send rayvaec's log lines, those of requests among them, where Ray Serve sends its own."""
-    logger.handlers = logging.getLogger("ray.serve").handlers
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
 
 
 def problem_response(error: RayvaecError, scope: Scope, **headers: str) -> Response:
@@ -64,16 +62,20 @@ def problem_response(error: RayvaecError, scope: Scope, **headers: str) -> Respo
     Response
         With the body ``{error, detail, fix, request_id}``.
     """
-    if isinstance(error, RequestError):
-        status, name = error.status, error.error
-    elif isinstance(error, CountsError | ModelError):
-        status, name = 422, "bad_counts"
-    else:
-        status, name = 500, "internal"
+    status, name = status_and_name(error)
     scope["state"]["refused"] = name
     request_id = scope["state"]["request_id"]
     body = {"error": name, "detail": error.detail, "fix": error.fix, "request_id": request_id}
     return JSONResponse(body, status_code=status, headers=headers)
+
+
+def status_and_name(error: RayvaecError) -> tuple[int, str]:
+    """Return the HTTP status of an error, and its name in answers, metrics and logs."""
+    if isinstance(error, RequestError):
+        return error.status, error.error
+    if isinstance(error, CountsError | ModelError):
+        return 422, "bad_counts"
+    return 500, "internal"
 
 
 class Guard:
@@ -83,10 +85,10 @@ class Guard:
     ----------
     app : ASGI application
         What is guarded.
-    gate : Gate
-        How many requests there may be at once.
+    limiter : ConcurrencyLimiter
+        How many requests there may be at once, and what they may hold.
     timeout_s : float
-        How long an answer may take to begin.
+        How long an answer may take to begin, and a client to take some of it.
     metrics : Metrics
         What counts the requests.
     paths : collection of str
@@ -102,7 +104,7 @@ class Guard:
     def __init__(
         self,
         app: ASGIApp,
-        gate: Gate,
+        limiter: ConcurrencyLimiter,
         timeout_s: float,
         metrics: Metrics,
         paths: Collection[str],
@@ -111,7 +113,7 @@ class Guard:
         behind_proxy: bool,
     ) -> None:
         self._app, self._token_digest, self._hosts = app, token_digest, hosts
-        self._gate, self._timeout_s, self._behind_proxy = gate, timeout_s, behind_proxy
+        self._limiter, self._timeout_s, self._behind_proxy = limiter, timeout_s, behind_proxy
         self._metrics, self._paths = metrics, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -120,14 +122,18 @@ class Guard:
             await self._app(scope, receive, send)
             return
         is_head = scope["method"] == "HEAD"
-        answer = _Answer(send, identify(scope), not self._behind_proxy, without_body=is_head)
+        window = SendWindow(receive) if EXTENSION in scope.get("extensions", ()) else None
+        answer = _Answer(send, identify(scope), window, self._limiter, self._timeout_s)
+        answer.add_id, answer.without_body = not self._behind_proxy, is_head
         scope.setdefault("state", {})["request_id"] = answer.request_id
         started = time.monotonic()
         try:
             # Whatever answers GET answers HEAD, with the same headers.
             asked = {**scope, "method": "GET"} if is_head else scope
-            await self._answer(asked, receive, answer)
+            await self._answer(asked, window.receive if window else receive, answer)
         finally:
+            if window is not None:
+                window.close()
             self._note(scope, answer, time.monotonic() - started)
 
     def _note(self, scope: Scope, answer: _Answer, seconds: float) -> None:
@@ -143,21 +149,28 @@ class Guard:
         access.log(level, "%s %s %s %d %.1f ms", *line)
 
     async def _answer(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+        error: RayvaecError
         try:
             self._authorize(scope)
             self._hosts.check(scope["path"], Headers(scope=scope))
-            with self._place(scope):
+            with self._slot(scope):
                 await self._within_time(scope, receive, answer)
-        except RayvaecError as error:
-            await self._refuse(error, scope, receive, answer)
+            return
+        except RayvaecError as refused:
+            error = refused
         except ClientDisconnect:
             return
-        except Exception as error:
-            # The message of an exception may hold counts; where it was raised does not.
-            frames = "".join(traceback.format_tb(error.__traceback__))
-            logger.error("%s failed: %s\n%s", answer.request_id, type(error).__name__, frames)
-            failed = RayvaecError("the server failed", "report it with the request_id")
-            await self._refuse(failed, scope, receive, answer)
+        except Exception as failed:
+            log_failure(f"{answer.request_id} failed", failed)
+            error = RayvaecError("the server failed", "report it with the request_id")
+        if not answer.started:
+            await self._refuse(error, scope, receive, answer)
+            return
+        # Too late for a status: break the stream, so that nobody takes it as whole. The server
+        # logs what is raised: it says nothing, and no other exception hangs on it.
+        _, name = status_and_name(error)
+        logger.warning("%s broke off after its answer had begun: %s", answer.request_id, name)
+        raise BrokenAnswerError("an answer broke off after it had begun", "see the line before")
 
     def _authorize(self, scope: Scope) -> None:
         if scope["path"] in OPEN_PATHS or scope["path"].startswith("/docs/"):
@@ -179,9 +192,15 @@ class Guard:
                 *(401, "unauthorized"),
             )
 
-    def _place(self, scope: Scope) -> AbstractContextManager[None]:
-        """Return a place at the gate for what takes work."""
-        return self._gate.enter() if scope["method"] == "POST" else nullcontext()
+    @contextmanager
+    def _slot(self, scope: Scope) -> Iterator[None]:
+        """Hold a slot for what takes work; routes find it in the request's state."""
+        if scope["method"] != "POST":
+            yield
+            return
+        with self._limiter.enter() as slot:
+            scope["state"]["slot"] = slot
+            yield
 
     async def _within_time(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         try:
@@ -202,38 +221,77 @@ class Guard:
     async def _refuse(
         self, error: RayvaecError, scope: Scope, receive: Receive, answer: _Answer
     ) -> None:
-        if answer.started:
-            raise error  # too late for a status: break the stream, so that nobody takes it as whole
         headers = {}
         if isinstance(error, RequestError) and error.status == 429:
-            headers["Retry-After"] = str(self._gate.retry_after)
+            headers["Retry-After"] = str(self._limiter.retry_after)
         if isinstance(error, RequestError) and error.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         await problem_response(error, scope, **headers)(scope, receive, answer)
 
 
 class _Answer:
-    """ASGI's send, that notes when the answer begins and adds its id."""
+    """ASGI's send, that notes when the answer begins, adds its id, and waits for the client."""
 
-    def __init__(self, send: Send, request_id: str, add_id: bool, without_body: bool) -> None:
-        self._send, self.request_id, self._add_id = send, request_id, add_id
-        self._without_body = without_body
+    add_id = without_body = False
+
+    def __init__(
+        self,
+        send: Send,
+        request_id: str,
+        window: SendWindow | None,
+        limiter: ConcurrencyLimiter,
+        timeout_s: float,
+    ) -> None:
+        self._send, self.request_id = send, request_id
+        self._window, self._limiter, self._timeout_s = window, limiter, timeout_s
         self.started, self.finished, self.status = False, False, CUT_OFF
         self.clock: asyncio.Timeout | None = None
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.started, self.status = True, message["status"]
-            if self._add_id:
+            if self.add_id:
                 MutableHeaders(scope=message)[_REQUEST_ID] = self.request_id
             if self.clock is not None and not self.clock.expired():
                 # An answer that has begun may take as long as it takes: its work is bounded.
                 self.clock.reschedule(None)
-        if self._without_body and message["type"] == "http.response.body":
+        if message["type"] != "http.response.body":
+            await self._send(message)
+            return
+        if self.without_body:
             message = {**message, "body": b""}
-        await self._send(message)
-        if message["type"] == "http.response.body" and not message.get("more_body", False):
-            self.finished = True
+        for part in self._parts(message):
+            await self._send_part(part)
+        self.finished = not message.get("more_body", False)
+
+    def _parts(self, message: Message) -> Iterator[Message]:
+        """Cut a large piece, such as an answer that is held whole, for the window."""
+        body = message.get("body", b"")
+        if self._window is None or len(body) <= PIECE_BYTES:
+            yield message
+            return
+        for start in range(0, len(body), PIECE_BYTES):
+            more = message.get("more_body", False) or start + PIECE_BYTES < len(body)
+            part = bytes(memoryview(body)[start : start + PIECE_BYTES])
+            yield {**message, "body": part, "more_body": more}
+
+    async def _send_part(self, message: Message) -> None:
+        """Send a piece when the client has taken enough of those before."""
+        try:
+            async with asyncio.timeout(self._timeout_s) as clock:
+                if self._window is not None and self._window.is_full:
+                    with self._limiter.waiting_for_client():
+                        await self._window.wait()
+                await self._send(message)
+        except TimeoutError:
+            if not clock.expired():
+                raise
+            raise TimedOutError(
+                f"the client took nothing of the answer for {self._timeout_s:g} s",
+                "read it faster, or ask for less a request",
+            ) from None
+        if self._window is not None:
+            self._window.sent(len(message.get("body", b"")))
 
 
 def identify(scope: Scope) -> str:

@@ -70,13 +70,15 @@ class AllowedHosts:
             raise RequestError(
                 f"the request has {len(hosts)} Host headers",
                 "send one, as HTTP/1.1 asks for",
-                *(400, "bad_host"),
+                status=400,
+                error="bad_host",
             )
         if not self._allows(hosts[0]):
             raise RequestError(
                 f"this endpoint is not served as {hosts[0][:60]!r}",
                 "use localhost or 127.0.0.1, or start the server with `--allowed-host NAME`",
-                *(421, "misdirected"),
+                status=421,
+                error="misdirected",
             )
         if self._check_origin:
             for origin in headers.getlist("origin"):
@@ -89,7 +91,8 @@ class AllowedHosts:
             raise RequestError(
                 f"a page of {origin[:60]!r} sent this request",
                 "ask from the endpoint's own page or a program, or set a token",
-                *(403, "cross_site"),
+                status=403,
+                error="cross_site",
             )
 
     def _allows(self, host: str) -> bool:

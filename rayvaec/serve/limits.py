@@ -1,11 +1,7 @@
-"""What a request may cost: its body, its work, and how many there may be at once."""
+"""What a request may cost: its body, its work, its answer."""
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 from rayvaec.errors import ConfigError, RequestError
@@ -41,13 +37,16 @@ class Limits:
         are held while its quantiles are found.
     max_requests : int
         Requests at work or waiting; one more is answered with 429.
+    max_held_bytes : int
+        Most bytes that all requests may hold together: bodies as they arrive and decompressed,
+        cells, and results that wait to be sent. What needs more is answered with 429.
     timeout_s : float
-        Longest time until an answer begins.
+        Longest time until an answer begins, and in which a client takes nothing of it.
 
     Raises
     ------
     ConfigError
-        If a bound is not positive.
+        If a bound is not positive, or `max_body_bytes` above `max_held_bytes`.
     """
 
     max_body_bytes: int = 64 * 2**20
@@ -60,6 +59,7 @@ class Limits:
     max_h5ad_layers: int = 1000
     max_quantile_draws: int = 40_000_000
     max_requests: int = 64
+    max_held_bytes: int = 2**30
     timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
@@ -69,6 +69,12 @@ class Limits:
                     f"the limit {field.name} is {getattr(self, field.name)}",
                     "give a number above 0",
                 )
+        if self.max_body_bytes > self.max_held_bytes:
+            raise ConfigError(
+                f"the limit max_body_bytes is {self.max_body_bytes:,}, above max_held_bytes, "
+                f"{self.max_held_bytes:,}",
+                "raise max_held_bytes to some times as much",
+            )
 
     def body_bytes(self, kind: str) -> int:
         """Return the largest body of a media type."""
@@ -177,91 +183,3 @@ def check_quantiles(n_genes: int, n_samples: int, limits: Limits) -> None:
             "ask for fewer draws or name out_genes",
             *(413, "too_large"),
         )
-
-
-async def read_body(chunks: AsyncIterator[bytes], length: str | None, max_bytes: int) -> bytes:
-    """Read a body, giving up as soon as it is too large.
-
-    Parameters
-    ----------
-    chunks : async iterator of bytes
-        The body as it arrives.
-    length : str or None
-        Value of the Content-Length header.
-    max_bytes : int
-        Largest body.
-
-    Returns
-    -------
-    bytes
-
-    Raises
-    ------
-    RequestError
-        413 if the body is, or says it is, larger.
-    """
-    if length is not None and length.isdecimal() and int(length) > max_bytes:
-        raise _body_too_large(f"{int(length):,} bytes", max_bytes)
-    parts, size = [], 0
-    async for chunk in chunks:
-        size += len(chunk)
-        if size > max_bytes:
-            raise _body_too_large(f"more than {max_bytes:,} bytes", max_bytes)
-        parts.append(chunk)
-    return b"".join(parts)
-
-
-def _body_too_large(size: str, max_bytes: int) -> RequestError:
-    return RequestError(
-        f"the body has {size}, the largest allowed is {max_bytes:,}",
-        "send fewer cells a request, or the same as an Arrow stream, which is smaller than JSON",
-        *(413, "body_too_large"),
-    )
-
-
-class Gate:
-    """Lets in so many requests at a time and turns the others away at once.
-
-    Parameters
-    ----------
-    max_requests : int
-        Requests inside at the same time.
-    """
-
-    def __init__(self, max_requests: int) -> None:
-        self._max_requests = max_requests
-        self._inside = 0
-        self._mean_seconds = 1.0
-
-    @contextmanager
-    def enter(self) -> Iterator[None]:
-        """Hold a place while the block runs.
-
-        Raises
-        ------
-        RequestError
-            429 where there is no place.
-        """
-        if self._inside >= self._max_requests:
-            raise RequestError(
-                f"{self._inside} requests are at work or waiting, the most that are accepted",
-                f"send it again in {self.retry_after} s",
-                *(429, "queue_full"),
-            )
-        self._inside += 1
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self._inside -= 1
-            self._mean_seconds += 0.1 * (time.monotonic() - started - self._mean_seconds)
-
-    @property
-    def inside(self) -> int:
-        """Requests that hold a place."""
-        return self._inside
-
-    @property
-    def retry_after(self) -> int:
-        """Seconds after which a place should be free: what a request has lately taken."""
-        return min(max(math.ceil(self._mean_seconds), 1), 60)

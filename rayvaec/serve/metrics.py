@@ -34,12 +34,22 @@ class Metrics:
         Its name, a label of every value.
     in_work : callable
         Returns the number of requests that are at work or waiting.
+    held_bytes : callable
+        Returns the bytes that they hold.
+    waiting_for_clients : callable
+        Returns the number of answers whose clients have yet to read what was sent.
     jobs_waiting : callable
         Returns the number of jobs, parts of requests, that wait for the sampler.
     """
 
     def __init__(
-        self, replica: str, in_work: Callable[[], int], jobs_waiting: Callable[[], int]
+        self,
+        *,
+        replica: str,
+        in_work: Callable[[], int],
+        held_bytes: Callable[[], int],
+        waiting_for_clients: Callable[[], int],
+        jobs_waiting: Callable[[], int],
     ) -> None:
         self._replica = replica
         self._registry = registry = CollectorRegistry()
@@ -61,6 +71,12 @@ class Metrics:
         )
         for name, words, count in (
             ("rayvaec_requests_in_work", "Requests at work or waiting", in_work),
+            ("rayvaec_held_bytes", "Bytes that requests at work hold", held_bytes),
+            (
+                "rayvaec_answers_unread",
+                "Answers whose clients have yet to read what was sent",
+                waiting_for_clients,
+            ),
             ("rayvaec_jobs_waiting", "Parts of requests that wait for the sampler", jobs_waiting),
         ):
             Gauge(name, words, registry=registry).set_function(count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,13 @@ import pyarrow as pa
 from rayvaec.infer.moments import DrawMoments, column_names
 from rayvaec.kernels.nb_sample import Draws
 from rayvaec.serve.h5ad.writing import Annotation
-from rayvaec.serve.tasks import Block, Drawing, Matrices, joined, select_genes
+from rayvaec.serve.tasks import ArrowAnswer, Block, Drawing, Matrices, joined, select_genes
 from rayvaec.serve.wire import dense_schema, encode_dense
 from rayvaec.serve.work import Job, windows
 
 
 @dataclass(frozen=True)
-class MomentsTask:
+class MomentsTask(ArrowAnswer):
     """Moments and quantiles of each cell's draws, in place of the draws.
 
     Parameters
@@ -48,6 +49,16 @@ class MomentsTask:
         """Numbers in the answer."""
         return len(self.drawing.cells) * self.drawing.n_out * len(self.names)
 
+    @cached_property
+    def _running(self) -> list[_Tally]:
+        """The tally that jobs are being added to, if there is one."""
+        return []
+
+    @property
+    def tally_bytes(self) -> int:
+        """Bytes of what is known of the draws so far."""
+        return sum(tally.n_bytes for tally in self._running)
+
     def jobs(self, then: Callable[[Block | None], Any]) -> Iterator[Job]:
         """Yield the jobs; the last of some cells gives their `Block`, the others None."""
         ask = self.drawing
@@ -57,12 +68,12 @@ class MomentsTask:
                 tally = _Tally(start, stop, self)
 
             def finish(draws: Draws, tally: _Tally = tally, n: int = last - first) -> Any:
+                self._running[:] = [tally]
                 return then(tally.add(draws, n))
 
             yield ask.job(start, stop, first, last, finish)
 
-    def schema(self) -> pa.Schema:
-        """Return the schema of the Arrow answer."""
+    def _schema(self) -> pa.Schema:
         widths = dict.fromkeys(self.names, self.drawing.n_out)
         return dense_schema(widths, {**self.facts, "rows": len(self.drawing.cells)})
 
@@ -70,7 +81,7 @@ class MomentsTask:
         """Write rows as pieces of the Arrow answer."""
         if result is None:
             return []
-        return encode_dense(self.schema(), result.first_cell, result.columns)
+        return encode_dense(self.schema, result.first_cell, result.columns)
 
     def as_json(self, results: Sequence[Block | None]) -> dict[str, Any]:
         """Return a matrix for each moment and quantile."""
@@ -95,6 +106,11 @@ class _Tally:
         self.start, self._drawing = start, task.drawing
         n_cells, n_out = stop - start, task.drawing.n_out
         self._found = DrawMoments(n_cells, n_out, task.moments, task.quantiles)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of sums and histogram."""
+        return self._found.n_bytes
 
     def add(self, draws: Draws, n_samples: int) -> Block | None:
         """Take in `n_samples` more draws of each cell; return the block after the last."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -17,10 +18,12 @@ import rayvaec
 from rayvaec.errors import RequestError
 from rayvaec.serve import openapi
 from rayvaec.serve.bodies import Sent
+from rayvaec.serve.concurrency import ConcurrencyLimiter, Slot, read_body
 from rayvaec.serve.docs import add_docs
 from rayvaec.serve.guard import Guard, problem_response
 from rayvaec.serve.hosts import AllowedHosts
-from rayvaec.serve.limits import Gate, Limits, read_body
+from rayvaec.serve.limits import Limits
+from rayvaec.serve.logs import hide_values_of_tasks
 from rayvaec.serve.media import accepted, content_type, is_gzipped
 from rayvaec.serve.metrics import TEXT, Metrics, page
 from rayvaec.serve.page import add_page
@@ -69,6 +72,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        hide_values_of_tasks(asyncio.get_running_loop())
         yield
         for service in services.values():
             service.close()
@@ -83,13 +87,18 @@ def create_app(
         redoc_url=None,
     )
     app.state.services = services
-    gate, paths = Gate(limits.max_requests), set[str]()
+    limiter = ConcurrencyLimiter(limits.max_requests, limits.max_held_bytes)
+    app.state.limiter, paths = limiter, set[str]()
     app.state.metrics = Metrics(
-        *(replica, lambda: gate.inside, lambda: sum(s.jobs_waiting for s in services.values()))
+        replica=replica,
+        in_work=lambda: limiter.inside,
+        held_bytes=lambda: limiter.held_bytes,
+        waiting_for_clients=lambda: limiter.waiting,
+        jobs_waiting=lambda: sum(service.jobs_waiting for service in services.values()),
     )
     app.add_middleware(
         Guard,
-        gate=gate,
+        limiter=limiter,
         timeout_s=limits.timeout_s,
         metrics=app.state.metrics,
         paths=paths,
@@ -228,10 +237,11 @@ def _add_work(
         )
         gzipped = is_gzipped(request.headers.get("content-encoding"))
         answer = accepted(request.headers.get("accept"))
-        length = request.headers.get("content-length")
-        data = await read_body(request.stream(), length, service.limits.body_bytes(kind))
+        slot: Slot = request.scope["state"]["slot"]
+        length, most = request.headers.get("content-length"), service.limits.body_bytes(kind)
+        data = await read_body(request.stream(), length, most, slot)
         query = request.query_params.multi_items()
-        task = await service.read(route.reader, Sent(data, kind, gzipped, query, answer))
+        task = await service.read(route.reader, Sent(data, kind, gzipped, query, answer), slot)
         del data
         return await _answer(service, task, answer, request.scope["state"])
 
@@ -241,11 +251,12 @@ async def _answer(service: Service, task: Task, kind: str, state: dict[str, Any]
     if "seed" in task.facts:
         headers["X-Rayvaec-Seed"] = str(task.facts["seed"])
         state["draws"] = task.facts["n_cells"] * task.facts["n_samples"]
+    slot: Slot = state["slot"]
     if kind == JSON:
-        return Response(await service.json(task), media_type=JSON, headers=headers)
+        return Response(await service.json(task, slot), media_type=JSON, headers=headers)
     if kind == H5AD:
-        return Response(await service.h5ad(task), media_type=H5AD, headers=headers)
-    pieces = service.arrow(task)
+        return Response(await service.h5ad(task, slot), media_type=H5AD, headers=headers)
+    pieces = service.arrow(task, slot)
     # The stream's start and the first rows come before the status: what fails, fails with one.
     first = [await anext(pieces), await anext(pieces)]
 

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,23 +19,27 @@ from rayvaec.infer.cells import Cells
 from rayvaec.infer.moments import MOMENTS, DrawMoments
 from rayvaec.infer.trained import TrainedModel
 from rayvaec.serve.bodies import Sent, unpack
+from rayvaec.serve.concurrency import Slot
 from rayvaec.serve.h5ad.sandbox import Sandbox
-from rayvaec.serve.h5ad.writing import check_writable, write_h5ad
+from rayvaec.serve.h5ad.writing import Annotation, check_writable, write_h5ad
 from rayvaec.serve.limits import Limits
 from rayvaec.serve.merge import Merger, stopping
 from rayvaec.serve.requests import Reader
-from rayvaec.serve.tasks import Task
-from rayvaec.serve.wire import END_OF_STREAM, H5AD, stream_start
+from rayvaec.serve.tasks import Block, Task
+from rayvaec.serve.wire import ARROW, END_OF_STREAM, H5AD
 from rayvaec.serve.work import Job, run_jobs
 
-MERGED_ROWS = 8192
-"""Most rows (a cell's draw each) that are computed in one go."""
+MERGED_ROWS, MERGED_VALUES = 8192, 16 * 2**20
+"""Most rows (a cell's draw each), and most rows * genes, that are computed in one go."""
 
 _T = TypeVar("_T")
 _READERS = 2
 _JOBS_AHEAD = 4
 """Jobs of a request that wait for the sampler or are at work: while an answer's pieces go out, the
 event loop comes round late, and the sampler must not stand idle until then."""
+
+_NAME_BYTES = 80
+"""About what a name of a cell or gene takes as a Python string in a list."""
 
 
 class Threads:
@@ -128,14 +131,15 @@ class Service:
         self.model, self.limits, self.h5ad_uploads = model, limits, h5ad_uploads
         self._threads = threads or Threads(limits)
         work = partial(run_jobs, model.module)
-        self._merger = Merger(work, MERGED_ROWS, self._threads.sampler)
+        most = min(MERGED_ROWS, max(MERGED_VALUES // model.registry.n_genes, 1))
+        self._merger = Merger(work, most, self._threads.sampler)
 
     @property
     def jobs_waiting(self) -> int:
         """Parts of requests that wait for the sampler."""
         return self._merger.waiting
 
-    async def read(self, reader: Reader, sent: Sent) -> Task:
+    async def read(self, reader: Reader, sent: Sent, slot: Slot) -> Task:
         """Decode and check a request, off the event loop.
 
         Parameters
@@ -144,6 +148,8 @@ class Service:
             One of `rayvaec.serve.requests`.
         sent : Sent
             What was sent.
+        slot : Slot
+            Where what it becomes is counted: decompressed, then as cells.
 
         Returns
         -------
@@ -157,92 +163,141 @@ class Service:
 
         def read() -> Task:
             body = unpack(sent, self.model.registry, self.limits, self._threads.sandbox)
+            if body.data is not sent.data:
+                slot.resize(len(sent.data) + len(body.data))
             task = reader(body, self.model, self.limits)
             if sent.answer == H5AD:
                 check_writable(task.about)
+            # The schema is written here: where it names many genes, the event loop has no time.
+            start = len(task.start) if sent.answer == ARROW else 0
+            slot.resize(_held_by(task.about) + start)
             return task
 
         return await self._threads.aside(read)
 
-    async def arrow(self, task: Task) -> AsyncIterator[bytes]:
+    async def arrow(self, task: Task, slot: Slot) -> AsyncIterator[bytes]:
         """Yield an Arrow answer in pieces, as its jobs are done.
 
         Parameters
         ----------
         task : Task
             The request's work.
+        slot : Slot
+            Where results are counted until they are taken.
 
         Yields
         ------
         bytes
             Parts of an IPC stream.
         """
-        yield stream_start(task.schema())
-        async with aclosing(self._results(task, task.encode)) as results:
+        yield task.start
+        async with aclosing(self._results(task, task.encode, slot)) as results:
             async for pieces in results:
                 for piece in pieces:
                     yield piece
+                slot.release(_size_of(pieces))
         yield END_OF_STREAM
 
-    async def json(self, task: Task) -> bytes:
+    async def json(self, task: Task, slot: Slot) -> bytes:
         """Return a JSON answer.
 
         Parameters
         ----------
         task : Task
             The request's work.
+        slot : Slot
+            Where results, and then the answer, are counted.
 
         Returns
         -------
         bytes
+
+        Raises
+        ------
+        TooManyRequestsError, PayloadTooLargeError
+            If there is no room for them.
         """
 
         def encode(results: list[Any]) -> bytes:
             answer = {**task.facts, **task.as_json(results)}
             return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
 
-        return await self._whole(task, encode)
+        return await self._whole(task, encode, slot)
 
-    async def h5ad(self, task: Task) -> bytes:
+    async def h5ad(self, task: Task, slot: Slot) -> bytes:
         """Return an answer as an h5ad file.
 
         Parameters
         ----------
         task : Task
             The request's work.
+        slot : Slot
+            Where results, and then the answer, are counted.
 
         Returns
         -------
         bytes
+
+        Raises
+        ------
+        TooManyRequestsError, PayloadTooLargeError
+            If there is no room for them.
         """
 
         def encode(results: list[Any]) -> bytes:
             matrices = task.as_matrices(results)
             return write_h5ad(task.about, self.model.registry, matrices.layers, matrices.obsm)
 
-        return await self._whole(task, encode)
+        return await self._whole(task, encode, slot)
 
-    async def _whole(self, task: Task, encode: Callable[[list[Any]], bytes]) -> bytes:
+    async def _whole(self, task: Task, encode: Callable[[list[Any]], bytes], slot: Slot) -> bytes:
         """Return an answer that is encoded when all jobs are done, off the event loop."""
-        results = [result async for result in self._results(task, _same)]
-        return await self._threads.aside(encode, results)
+        results = []
+        async with aclosing(self._results(task, _same, slot)) as found:
+            async for result in found:
+                slot.check()
+                results.append(result)
+        answer = await self._threads.aside(encode, results)
+        slot.hold(len(answer) - sum(map(_size_of, results)))
+        slot.check()
+        return answer
 
-    async def _results(self, task: Task, then: Callable[[Any], Any]) -> AsyncGenerator[Any, None]:
-        """Yield the jobs' results in order; the next jobs wait at the merger meanwhile."""
+    async def _results(
+        self, task: Task, then: Callable[[Any], Any], slot: Slot
+    ) -> AsyncGenerator[Any, None]:
+        """Yield the jobs' results in order, each held by the slot; the next jobs wait meanwhile."""
         jobs = task.jobs(then)
-        ahead = deque(self._submitted(job) for job in islice(jobs, _JOBS_AHEAD))
+        ahead: deque[asyncio.Task[Any]] = deque()
+
+        def submit() -> None:
+            # Where too much waits for clients, an answer has no more than one job ahead.
+            while len(ahead) < _JOBS_AHEAD and (slot.has_room or not ahead):
+                job = next(jobs, None)
+                if job is None:
+                    return
+                ahead.append(asyncio.create_task(self._held(job, slot)))
+
+        tally = 0
         try:
+            submit()
             while ahead:
                 result = await ahead[0]
                 ahead.popleft()
-                ahead.extend(self._submitted(job) for job in islice(jobs, 1))
+                if task.tally_bytes != tally:
+                    slot.hold(task.tally_bytes - tally)
+                    tally = task.tally_bytes
+                    slot.check()
+                submit()
                 yield result
         finally:
             for waiting in ahead:
                 waiting.cancel()
+                waiting.add_done_callback(_dropped)
 
-    def _submitted(self, job: Job) -> asyncio.Task[Any]:
-        return asyncio.create_task(self._merger.submit(job))
+    async def _held(self, job: Job, slot: Slot) -> Any:
+        result = await self._merger.submit(job)
+        slot.hold(_size_of(result))
+        return result
 
     def describe(self) -> dict[str, Any]:
         """Return what /v1/model tells.
@@ -291,3 +346,27 @@ class Service:
 
 def _same(result: Any) -> Any:
     return result
+
+
+def _dropped(task: asyncio.Task[Any]) -> None:
+    """Take the exception of a job that nobody waits for, which asyncio would log."""
+    if not task.cancelled():
+        task.exception()
+
+
+def _size_of(result: Any) -> int:
+    """Return the bytes of a job's result: encoded pieces, or arrays."""
+    if result is None:
+        return 0
+    if isinstance(result, list):
+        return sum(map(len, result))
+    parts = result.columns if isinstance(result, Block) else vars(result)
+    return sum(part.nbytes for part in parts.values())
+
+
+def _held_by(about: Annotation) -> int:
+    """Return the bytes of a request's cells and names, roughly."""
+    arrays = (value for value in vars(about.cells).values() if isinstance(value, np.ndarray))
+    lists = [fact for fact in about.facts.values() if isinstance(fact, list)]
+    names = sum(map(len, lists)) + len(about.names or ())
+    return sum(array.nbytes for array in arrays) + _NAME_BYTES * names

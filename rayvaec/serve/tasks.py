@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ from rayvaec.serve.wire import (
     draws_schema,
     encode_dense,
     encode_draws,
+    stream_start,
 )
 from rayvaec.serve.work import Job, windows
 
@@ -72,12 +74,18 @@ class Task(Protocol):
         """Numbers in a dense answer; 0 for draws, which are bounded by their cost."""
         ...
 
+    @property
+    def tally_bytes(self) -> int:
+        """Bytes of what is kept from one job to the next."""
+        ...
+
     def jobs(self, then: Callable[[Any], Any]) -> Iterator[Job]:
         """Yield the jobs, each job's result handed to `then`."""
         ...
 
-    def schema(self) -> pa.Schema:
-        """Return the schema of the Arrow answer."""
+    @property
+    def start(self) -> bytes:
+        """First bytes of the Arrow answer: its schema."""
         ...
 
     def encode(self, result: Any) -> list[bytes]:
@@ -96,6 +104,23 @@ class Task(Protocol):
     def as_matrices(self, results: Sequence[Any]) -> Matrices:
         """Return what an h5ad answer holds."""
         ...
+
+
+class ArrowAnswer:
+    """Schema of an Arrow answer, made once a request: it may name a million genes."""
+
+    def _schema(self) -> pa.Schema:
+        raise NotImplementedError
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """Schema of the Arrow answer; its metadata has the facts."""
+        return self._schema()
+
+    @cached_property
+    def start(self) -> bytes:
+        """First bytes of the Arrow answer."""
+        return stream_start(self.schema)
 
 
 @dataclass(frozen=True)
@@ -148,7 +173,7 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class DrawTask:
+class DrawTask(ArrowAnswer):
     """Draws, as they are.
 
     Parameters
@@ -162,6 +187,7 @@ class DrawTask:
     drawing: Drawing
     facts: Mapping[str, Any]
     n_values: int = 0
+    tally_bytes: int = 0
 
     def jobs(self, then: Callable[[DrawnRows], Any]) -> Iterator[Job]:
         """Yield the jobs; their results are `DrawnRows`."""
@@ -173,14 +199,13 @@ class DrawTask:
 
             yield ask.job(start, stop, first, last, finish)
 
-    def schema(self) -> pa.Schema:
-        """Return the schema of the Arrow answer."""
+    def _schema(self) -> pa.Schema:
         rows = len(self.drawing.cells) * self.drawing.n_samples
         return draws_schema({**self.facts, "rows": rows})
 
     def encode(self, result: DrawnRows) -> list[bytes]:
         """Write rows as pieces of the Arrow answer."""
-        return encode_draws(self.schema(), result)
+        return encode_draws(self.schema, result)
 
     def as_json(self, results: Sequence[DrawnRows]) -> dict[str, Any]:
         """Return all rows as one CSR matrix."""
@@ -225,7 +250,7 @@ class DrawTask:
 
 
 @dataclass(frozen=True)
-class DenseTask:
+class DenseTask(ArrowAnswer):
     """Latent space or denoised expression of given cells.
 
     Parameters
@@ -253,6 +278,7 @@ class DenseTask:
     columns: NDArray[np.int64] | None
     names: Sequence[str | None] | None
     facts: Mapping[str, Any]
+    tally_bytes: int = 0
 
     @property
     def n_values(self) -> int:
@@ -269,13 +295,12 @@ class DenseTask:
 
             yield Job(self.kind, self.cells.part(start, stop), finish)
 
-    def schema(self) -> pa.Schema:
-        """Return the schema of the Arrow answer."""
+    def _schema(self) -> pa.Schema:
         return dense_schema(self.widths, {**self.facts, "rows": len(self.cells)})
 
     def encode(self, result: Block) -> list[bytes]:
         """Write rows as pieces of the Arrow answer."""
-        return encode_dense(self.schema(), result.first_cell, result.columns)
+        return encode_dense(self.schema, result.first_cell, result.columns)
 
     def as_json(self, results: Sequence[Block]) -> dict[str, Any]:
         """Return a matrix for each column."""

@@ -196,6 +196,7 @@ def test_a_client_that_goes_away_within_its_body_leaves_its_place(serve_with: Ca
         said.append(message)
 
     headers = [(b"content-type", JSON.encode()), (b"content-length", b"%d" % len(NEW))]
+    headers.append((b"host", b"localhost"))
     scope = {"type": "http", "method": "POST", "path": "/v1/generate", "headers": headers}
     scope |= {"http_version": "1.1", "query_string": b"", "server": ("127.0.0.1", 8000)}
     asyncio.run(http.app(scope, receive, send))

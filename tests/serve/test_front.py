@@ -13,7 +13,7 @@ from rayvaec.errors import ConfigError
 from rayvaec.serve import front
 from rayvaec.serve.front import Front
 
-PLACES = 2
+PLACES, MAX_BYTES = 2, 1000
 
 
 class Proxy:
@@ -32,7 +32,7 @@ class Proxy:
         await self.end.wait()
 
 
-async def ask(app: Front, method: str = "POST", request_id: str = "mine") -> list[dict[str, Any]]:
+async def ask(app: Front, method: str = "POST", length: int = 0) -> list[dict[str, Any]]:
     """Send one request; return the answer's messages. The body is not to be read."""
     sent: list[dict[str, Any]] = []
 
@@ -42,7 +42,7 @@ async def ask(app: Front, method: str = "POST", request_id: str = "mine") -> lis
     async def receive() -> Any:
         raise AssertionError("the body was read")
 
-    headers = [(b"x-request-id", request_id.encode())]
+    headers = [(b"x-request-id", b"mine"), (b"content-length", str(length).encode())]
     scope = {"type": "http", "method": method, "path": "/v1/sample", "headers": headers}
     await app(scope, receive, send)
     return sent
@@ -51,7 +51,7 @@ async def ask(app: Front, method: str = "POST", request_id: str = "mine") -> lis
 def test_who_finds_no_place_is_told_without_being_passed_on():
     async def go() -> None:
         proxy = Proxy()
-        app = Front(proxy, PLACES)
+        app = Front(proxy, PLACES, MAX_BYTES)
         waiting = [asyncio.create_task(ask(app)) for _ in range(PLACES)]
         await asyncio.sleep(0)
         start, body = await ask(app)
@@ -77,7 +77,7 @@ def test_who_finds_no_place_is_told_without_being_passed_on():
 def test_a_place_is_free_once_the_whole_answer_is_sent():
     async def go() -> None:
         proxy = Proxy()
-        app = Front(proxy, 1)
+        app = Front(proxy, 1, MAX_BYTES)
         proxy.answer.set()
         first = asyncio.create_task(ask(app))
         await asyncio.sleep(0)
@@ -96,7 +96,7 @@ def test_a_place_is_free_after_a_failure():
         raise ConnectionError
 
     async def go() -> None:
-        app = Front(fails, 1)
+        app = Front(fails, 1, MAX_BYTES)
         for _ in range(3):
             with pytest.raises(ConnectionError):
                 await ask(app)
@@ -135,14 +135,14 @@ def test_an_answer_leaves_memory_without_waiting_for_the_collector(method, monke
         async def whole(message: Any) -> None:
             parts.append(bytes(message.get("body", b"")))
 
-        await Front(lingers, 1)(scope, receive, whole)
+        await Front(lingers, 1, MAX_BYTES)(scope, receive, whole)
 
     monkeypatch.setattr(Body, "gone", 0)
     parts: list[bytes] = []
     gc.collect()
     gc.disable()
     try:
-        asyncio.run(passed({"type": "http", "method": method}, None, None))
+        asyncio.run(passed({"type": "http", "method": method, "headers": []}, None, None))
         assert parts == [b"", b"a", b"b"]
         assert Body.gone == 2
     finally:
@@ -150,13 +150,90 @@ def test_an_answer_leaves_memory_without_waiting_for_the_collector(method, monke
         gc.collect()
 
 
+class Reads:
+    """Reads bodies as Serve's proxy does, at once, until the client is gone; then answers."""
+
+    def __init__(self) -> None:
+        self.read: list[bytes] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        while (message := await receive())["type"] == "http.request":
+            self.read.append(message["body"])
+            if not message["more_body"]:
+                await send({"type": "http.response.start", "status": 200, "headers": []})
+                await send({"type": "http.response.body", "body": b"whole"})
+                return
+        await send({"type": "http.response.start", "status": 499, "headers": []})
+        await send({"type": "http.response.body", "body": b"the client left"})
+
+
+def send_body(app: Front, chunks: list[bytes], length: int | None) -> list[dict[str, Any]]:
+    """Send a request with a body in chunks; return the answer's messages."""
+    coming = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
+    coming[-1]["more_body"] = False
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(dict(message))
+
+    async def receive() -> Any:
+        return coming.pop(0)
+
+    headers = [] if length is None else [(b"content-length", str(length).encode())]
+    scope = {"type": "http", "method": "POST", "path": "/v1/sample", "headers": headers}
+    asyncio.run(app(scope, receive, send))
+    return sent
+
+
+def test_a_body_that_says_it_is_too_large_is_not_read():
+    reads = Reads()
+    start, body = send_body(Front(reads, 1, 100), [b"1"] * 101, 101)
+    assert (start["status"], reads.read) == (413, [])
+    assert json.loads(body["body"])["error"] == "body_too_large"
+
+
+@pytest.mark.parametrize("length", [None, 5])
+def test_a_body_that_is_larger_than_it_said_is_given_up(length):
+    reads = Reads()
+    start, body = send_body(Front(reads, 1, 100), [b"1"] * 1000, length)
+    assert start["status"] == 413
+    assert json.loads(body["body"])["error"] == "body_too_large"
+    assert sum(map(len, reads.read)) == 100
+    assert send_body(Front(reads, 1, 100), [b"1"] * 100, length)[0]["status"] == 200
+
+
+def test_bodies_share_the_room_and_who_finds_none_is_told_when_to_come_back():
+    async def go() -> None:
+        proxy = Proxy()
+        app = Front(proxy, PLACES, 100)
+        first = asyncio.create_task(ask(app, length=60))
+        await asyncio.sleep(0)
+        start, body = await ask(app, length=41)
+        assert start["status"] == 429
+        assert int(dict(start["headers"])[b"retry-after"]) >= 1
+        assert json.loads(body["body"])["error"] == "memory_full"
+        assert proxy.asked == 1
+        proxy.end.set()
+        proxy.answer.set()
+        assert (await first)[0]["status"] == 200
+        assert (await ask(app, length=100))[0]["status"] == 200
+
+    asyncio.run(go())
+
+
 def test_the_environment_says_how_many_places_there_are(monkeypatch):
     for name, value in front.environment(7).items():
         monkeypatch.setenv(name, value)
     (found,) = front.middlewares()
     assert found.cls is Front
-    assert found.kwargs == {"places": 7}
-    for wrong in ("", "0", "-1", "many"):
-        monkeypatch.setenv("RAYVAEC_PROXY_PLACES", wrong)
-        with pytest.raises(ConfigError, match=f"RAYVAEC_PROXY_PLACES='{wrong}' is no number"):
-            front.middlewares()
+    assert found.kwargs == {"places": 7, "max_bytes": 2**30}
+    monkeypatch.setenv("RAYVAEC_PROXY_PLACES", "128")
+    assert front.middlewares()[0].kwargs == {"places": 128, "max_bytes": 2**31}
+    monkeypatch.setenv("RAYVAEC_PROXY_BYTES", "123")
+    assert front.middlewares()[0].kwargs == {"places": 128, "max_bytes": 123}
+    for name in ("RAYVAEC_PROXY_PLACES", "RAYVAEC_PROXY_BYTES"):
+        for wrong in ("", "0", "-1", "many"):
+            monkeypatch.setenv(name, wrong)
+            with pytest.raises(ConfigError, match=f"{name}='{wrong}' is not a number above 0"):
+                front.middlewares()
+        monkeypatch.setenv(name, "7")

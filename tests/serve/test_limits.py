@@ -1,19 +1,9 @@
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-
 import pytest
 
 from rayvaec.errors import ConfigError, RequestError
-from rayvaec.serve.limits import (
-    Gate,
-    Limits,
-    check_cost,
-    check_dense,
-    check_quantiles,
-    read_body,
-)
+from rayvaec.serve.limits import Limits, check_cost, check_dense, check_quantiles
 from rayvaec.serve.wire import ARROW, H5AD, JSON
 
 LIMITS = Limits(
@@ -32,6 +22,12 @@ LIMITS = Limits(
 def test_limits_are_positive(name, value):
     with pytest.raises(ConfigError, match=f"the limit {name} is"):
         Limits(**{name: value})
+
+
+def test_a_body_at_its_limit_can_be_held():
+    with pytest.raises(ConfigError, match="max_body_bytes is 101, above max_held_bytes, 100"):
+        Limits(max_body_bytes=101, max_held_bytes=100)
+    assert Limits(max_body_bytes=100, max_held_bytes=100).max_held_bytes == 100
 
 
 @pytest.mark.parametrize(
@@ -69,59 +65,3 @@ def test_quantiles_over_too_many_draws_are_refused():
     with pytest.raises(RequestError, match="7 draws of 10 genes need 70 .*allowed, 60") as caught:
         check_quantiles(10, 7, LIMITS)
     assert caught.value.status == 413
-
-
-def read(chunks: list[bytes], length: str | None = None) -> tuple[bytes | RequestError, int]:
-    """Read a body of at most 10 bytes; also tell how many chunks were taken."""
-    taken = 0
-
-    async def body() -> AsyncIterator[bytes]:
-        nonlocal taken
-        for chunk in chunks:
-            taken += 1
-            yield chunk
-
-    try:
-        return asyncio.run(read_body(body(), length, 10)), taken
-    except RequestError as error:
-        return error, taken
-
-
-def test_a_body_at_the_limit_is_read():
-    assert read([b"12345", b"", b"67890"], "10") == (b"1234567890", 3)
-    assert read([b"12345"], "nonsense") == (b"12345", 1)
-
-
-def test_a_body_is_given_up_as_soon_as_it_is_too_large():
-    error, taken = read([b"12345"] * 1000)
-    assert (error.status, taken) == (413, 3)
-    assert "the largest allowed is 10" in error.detail
-
-
-def test_a_body_that_says_it_is_too_large_is_not_read():
-    error, taken = read([b"12345"], "11")
-    assert (error.status, taken) == (413, 0)
-
-
-def test_the_gate_turns_away_who_finds_no_place():
-    gate = Gate(2)
-    with gate.enter():
-        with gate.enter():
-            with (
-                pytest.raises(RequestError, match="2 requests are at work") as caught,
-                gate.enter(),
-            ):
-                pass
-            assert caught.value.status == 429
-            assert 1 <= gate.retry_after <= 60
-        with gate.enter():
-            pass
-
-
-def test_a_failed_request_gives_its_place_back():
-    gate = Gate(1)
-    for _ in range(3):
-        with pytest.raises(KeyError), gate.enter():
-            raise KeyError
-    with gate.enter():
-        pass

@@ -54,7 +54,8 @@ def test_requests_draws_and_refusals_are_counted(serve_with):
     assert got[key("rayvaec_request_seconds_count", route=route)] == 6
     assert got[key("rayvaec_request_seconds_bucket", route=route, le="+Inf")] == 6
     assert got[key("rayvaec_requests_in_work")] == 0
-    assert got[key("rayvaec_jobs_waiting")] == 0
+    for name in ("jobs_waiting", "held_bytes", "answers_unread"):
+        assert got[key(f"rayvaec_{name}")] == 0
     assert got[key("process_resident_memory_bytes")] > 1e6
 
 
@@ -66,7 +67,9 @@ def test_metrics_need_the_token(serve_with):
 
 
 def test_all_replicas_stand_on_one_page():
-    replicas = [Metrics(name, lambda: 4, lambda: 0) for name in ("a", "b")]
+    names = ("held_bytes", "waiting_for_clients", "jobs_waiting")
+    counts = {"in_work": lambda: 4, **dict.fromkeys(names, lambda: 0)}
+    replicas = [Metrics(replica=name, **counts) for name in ("a", "b")]
     replicas[1].count("/v1/sample", 200, 0.2, 10, "")
     text = page(replica.collect() for replica in replicas).decode()
     assert text.count("# TYPE rayvaec_requests_total counter") == 1
