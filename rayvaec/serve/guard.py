@@ -38,6 +38,9 @@ OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", *PAGE_PATHS})
 QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
 """Paths that are asked for every few seconds."""
 
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+"""Methods that logs name; a client may make up others."""
+
 CUT_OFF = 499
 """Status in logs and metrics of what was not answered whole: the client went, or a failure."""
 
@@ -145,7 +148,8 @@ class Guard:
             state.get("refused", ""),
         )
         level = logging.DEBUG if route in QUIET_PATHS else logging.INFO
-        line = (answer.request_id, scope["method"], route, status, 1000 * seconds)
+        method = scope["method"] if scope["method"] in METHODS else OTHER
+        line = (answer.request_id, method, route, status, 1000 * seconds)
         access.log(level, "%s %s %s %d %.1f ms", *line)
 
     async def _answer(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
@@ -287,7 +291,7 @@ class _Answer:
             if not clock.expired():
                 raise
             raise TimedOutError(
-                f"the client took nothing of the answer for {self._timeout_s:g} s",
+                f"the client took too little of the answer in {self._timeout_s:g} s",
                 "read it faster, or ask for less a request",
             ) from None
         if self._window is not None:

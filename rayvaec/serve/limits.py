@@ -41,7 +41,7 @@ class Limits:
         Most bytes that all requests may hold together: bodies as they arrive and decompressed,
         cells, and results that wait to be sent. What needs more is answered with 429.
     timeout_s : float
-        Longest time until an answer begins, and in which a client takes nothing of it.
+        Longest time until an answer begins, and until its client takes some more of it.
 
     Raises
     ------

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import subprocess
+import sys
+import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +25,7 @@ from rayvaec.data.store import open_store
 from rayvaec.data.summary import summarise
 from rayvaec.infer.trained import TrainedModel, load_model
 from rayvaec.model.summary import TrainingSummary
+from rayvaec.serve.app import check_port
 from rayvaec.serve.limits import Limits
 from rayvaec.serve.routes import create_app
 from rayvaec.serve.service import Service
@@ -108,3 +116,67 @@ def serve_with(trained: TrainedModel) -> Iterator[Callable[..., Http]]:
 def http(serve_with: Callable[..., Http]) -> Http:
     """The application with default limits and h5ad uploads, without a token."""
     return serve_with()
+
+
+@dataclass
+class Server:
+    """`rayvaec serve` in a process of its own."""
+
+    process: subprocess.Popen[str]
+    url: str
+    mark: str
+    said: list[str]
+
+    def alive(self) -> list[int]:
+        """Processes that the command started, directly or not, itself included."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    environment = (entry / "environ").read_bytes()
+                except OSError:
+                    continue
+                if self.mark.encode() in environment:
+                    found.append(int(entry.name))
+        return found
+
+    def named(self, name: str) -> list[int]:
+        """Those of them whose title begins with a name, such as ``ray::ProxyActor``."""
+        titles = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in self.alive()}
+        return [pid for pid, title in titles.items() if title.startswith(name.encode())]
+
+
+@pytest.fixture(scope="session")
+def serve_command() -> Callable[..., Any]:
+    """Return a context manager that runs `rayvaec serve` with arguments and environment."""
+
+    @contextmanager
+    def serving(*arguments: str, **environment: str) -> Iterator[Server]:
+        mark = f"RAYVAEC_TEST_{uuid.uuid4().hex}"
+        port = check_port("127.0.0.1", 0)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rayvaec", "serve", *arguments, "--port", str(port)],
+            env={**os.environ, mark: "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        said: list[str] = []
+        reader = threading.Thread(target=lambda: said.extend(process.stdout or []), daemon=True)
+        reader.start()
+        until = time.monotonic() + 150
+        try:
+            while not any(line.startswith("ready:") for line in said):
+                assert process.poll() is None, said
+                assert time.monotonic() < until, said
+                time.sleep(0.2)
+            yield Server(process, f"http://127.0.0.1:{port}", mark, said)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait(60)
+            reader.join(5)
+            if process.stdout:
+                process.stdout.close()
+
+    return serving

@@ -4,14 +4,11 @@ import asyncio
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import anndata
 import httpx
@@ -148,66 +145,18 @@ def test_what_cannot_be_served_is_refused_before_ray_starts(
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
-@dataclass
-class Server:
-    """`rayvaec serve` in a process of its own."""
-
-    process: subprocess.Popen[str]
-    url: str
-    mark: str
-    said: list[str]
-
-    def alive(self) -> list[int]:
-        """Processes that the command started, directly or not, itself included."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    environment = (entry / "environ").read_bytes()
-                except OSError:
-                    continue
-                if self.mark.encode() in environment:
-                    found.append(int(entry.name))
-        return found
-
-
 @pytest.fixture
-def server(model_path: Path) -> Iterator[Server]:
+def server(model_path: Path, serve_command: Callable[..., Any]) -> Iterator[Any]:
     """An endpoint of two replicas that needs a token."""
-    mark = f"RAYVAEC_TEST_{uuid.uuid4().hex}"
-    environment = {**os.environ, "RAYVAEC_TOKEN": TOKEN, mark: "1"}
-    environment["RAYVAEC_PROXY_PLACES"] = str(PLACES)
-    port = check_port("127.0.0.1", 0)
-    command = ["serve", f"atlas={model_path}", "--port", str(port), "--num-replicas", "2"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rayvaec", *command],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    said: list[str] = []
-    reader = threading.Thread(target=lambda: said.extend(process.stdout or []), daemon=True)
-    reader.start()
-    server = Server(process, f"http://127.0.0.1:{port}", mark, said)
-    until = time.monotonic() + 150
-    while not any(line.startswith("ready:") for line in said):
-        assert process.poll() is None, said
-        assert time.monotonic() < until, said
-        time.sleep(0.2)
-    yield server
-    if process.poll() is None:
-        process.terminate()
-        process.wait(60)
-    reader.join(5)
-    if process.stdout:
-        process.stdout.close()
+    environment = {"RAYVAEC_TOKEN": TOKEN, "RAYVAEC_PROXY_PLACES": str(PLACES)}
+    with serve_command(f"atlas={model_path}", "--num-replicas", "2", **environment) as server:
+        yield server
 
 
 @pytest.mark.ray
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a CPU for each replica")
 def test_the_command_serves_and_stops_without_a_trace(
-    server: Server, adata: anndata.AnnData, trained: TrainedModel
+    server: Any, adata: anndata.AnnData, trained: TrainedModel
 ):
     expected = trained.sample(adata, 5, 3)
     with Client(server.url, token=TOKEN) as client:
@@ -247,7 +196,7 @@ def same_from_both_replicas(client: Client, adata: anndata.AnnData, expected: np
     assert all(np.array_equal(result, expected) for result in results)
 
 
-def keeps_few_answers_that_are_sent(server: Server, trained: TrainedModel) -> None:
+def keeps_few_answers_that_are_sent(server: Any, trained: TrainedModel) -> None:
     """Ask for far more than Ray's object store may hold of it afterwards."""
     body = {"label": trained.registry.labels[0], "n_cells": 20, "library": 500, "n_samples": 50}
     headers = {"Authorization": f"Bearer {TOKEN}", "Accept": "application/vnd.apache.arrow.stream"}
@@ -274,7 +223,7 @@ def keeps_few_answers_that_are_sent(server: Server, trained: TrainedModel) -> No
     assert int(status.partition("RssShmem:")[2].split()[0]) < 15 * 2**10
 
 
-def refuses_more_than_there_are_places_for(server: Server, trained: TrainedModel) -> None:
+def refuses_more_than_there_are_places_for(server: Any, trained: TrainedModel) -> None:
     """Ask for more at once than the proxy passes on, and less than the replicas would take."""
     label = trained.registry.labels[0]
     body = {"label": label, "n_cells": 20, "library": 500, "n_samples": 2000, "reduce": ["mean"]}
@@ -293,7 +242,7 @@ def refuses_more_than_there_are_places_for(server: Server, trained: TrainedModel
     assert {answer.json()["error"] for answer in refused} == {"queue_full"}
 
 
-def finishes_what_is_in_work(server: Server, adata: anndata.AnnData) -> None:
+def finishes_what_is_in_work(server: Any, adata: anndata.AnnData) -> None:
     """Stop the server while a long answer is under way; the answer comes whole."""
     answers: list[anndata.AnnData] = []
 
