@@ -51,7 +51,7 @@ def check_codes(name: str, codes: Tensor | None, n_categories: int, n_cells: int
     Raises
     ------
     CountsError
-        If codes are missing where they are needed, are too few or out of range.
+        If codes are missing where they are needed, one-hot, too few or out of range.
     """
     if n_categories == 0 or (n_categories == 1 and codes is None):
         return
@@ -59,6 +59,13 @@ def check_codes(name: str, codes: Tensor | None, n_categories: int, n_cells: int
         raise CountsError(
             f"this model was trained on {n_categories} categories of {name} and no code was given",
             f"add a tensor {name!r} of shape (n_cells, 1)",
+        )
+    if codes.dim() > 1 and codes.shape[1] != 1:
+        one_hot = codes.shape[1] == n_categories
+        raise CountsError(
+            f"{name} has shape {tuple(codes.shape)}{', which looks one-hot' if one_hot else ''}",
+            "give one code a cell, of shape (n_cells, 1)"
+            + (f": {name}.argmax(1, keepdim=True)" if one_hot else ""),
         )
     if len(codes) != n_cells:
         raise CountsError(f"{name} has {len(codes)} codes for {n_cells} cells", "give one a cell")

@@ -26,6 +26,8 @@ class LossOutput:
         What the optimiser minimises.
     reconstruction_loss, kl_local : Tensor[n_cells]
         Negative log-likelihood and Kullback-Leibler term of each cell, unweighted.
+    kl_global : Tensor[], optional
+        Divergence of what all cells share, in scvi-tools' place for it; VAEC has none.
     classification_loss : Tensor[], optional
         Of models with fine labels: the weighted cross-entropy that `loss` holds.
     """
@@ -33,6 +35,7 @@ class LossOutput:
     loss: Tensor
     reconstruction_loss: Tensor
     kl_local: Tensor
+    kl_global: Tensor | None = None
     classification_loss: Tensor | None = None
 
 

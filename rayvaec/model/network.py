@@ -56,6 +56,31 @@ class VAECNetwork(nn.Module):
             self._build_softmax()
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.px_r.device
+
+    @property
+    def n_input(self) -> int:
+        """Number of genes."""
+        return self.config.n_input
+
+    @property
+    def n_labels(self) -> int:
+        """Number of labels."""
+        return self.config.n_labels
+
+    @property
+    def n_batch(self) -> int:
+        """Number of experimental batches."""
+        return self.config.n_batch
+
+    @property
+    def n_latent(self) -> int:
+        """Dimensions of z."""
+        return self.config.n_latent
+
+    @property
     def is_softplus(self) -> bool:
         """Whether the generative form is the softplus one."""
         return self.config.generative == "softplus"
@@ -346,7 +371,7 @@ class VAECNetwork(nn.Module):
             return torch.ones(len(y), dtype=self.px_r.dtype, device=y.device)
         return self.ct_weight[y.reshape(-1).long()]
 
-    def _counts(self, px_rate: Tensor) -> NegativeBinomial:
+    def _counts(self, px_rate: Tensor, px_scale: Tensor) -> NegativeBinomial:
         if self.is_softplus:
-            return NegativeBinomial(px_rate, self.px_r)
-        return NegativeBinomial.from_mean(px_rate, self.px_r)
+            return NegativeBinomial(px_rate, self.px_r, px_scale)
+        return NegativeBinomial.from_mean(px_rate, self.px_r, px_scale)

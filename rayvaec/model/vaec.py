@@ -166,7 +166,7 @@ class VAEC(SparseVAEC):
         self._check_codes(y, batch_index, z.shape[-2])
         px_scale = self._px_scale(self.decoder_hidden(z, y, batch_index), y)
         px_rate = library * px_scale
-        px = self._counts(px_rate)
+        px = self._counts(px_rate, px_scale)
         px_r = self.px_r if self.is_softplus else torch.exp(self.px_r)
         return {"px_scale": px_scale, "px_rate": px_rate, "px_r": px_r, "px": px}
 
@@ -209,7 +209,7 @@ class VAEC(SparseVAEC):
             )
             per_cell = per_cell + classification
         loss = torch.mean(self._cell_weight(y) * per_cell)
-        return LossOutput(loss, reconstruction, kl_local, classification)
+        return LossOutput(loss, reconstruction, kl_local, classification_loss=classification)
 
     @working_precision
     def forward(
