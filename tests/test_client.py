@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -684,6 +685,23 @@ def test_an_address_that_cannot_be_asked_is_refused_at_once(monkeypatch):
         pytest.raises(RequestError, match="no answer from ftp://server .*'ftp://'"),
     ):
         client.model()
+
+
+def test_a_server_without_tls_is_refused_at_once(url, monkeypatch):
+    monkeypatch.setattr(link.time, "sleep", None)
+    address = url.replace("http://", "https://")
+    with Client(address) as client, pytest.raises(RequestError, match=f"no answer from {address}"):
+        client.model()
+
+
+def test_a_certificate_that_is_not_trusted_is_refused_at_once():
+    error = httpx.ConnectError("certificate verify failed")
+    error.__cause__ = OSError("below")
+    error.__cause__.__context__ = ssl.SSLCertVerificationError("self-signed certificate")
+    attempts = patience.Patience(retries=9, deadline=100.0).attempts()
+    assert attempts.wait("https://server", httpx.ConnectError("refused")) > 0
+    with pytest.raises(RequestError, match="no answer from https://server"):
+        attempts.wait("https://server", error)
 
 
 class Clock:

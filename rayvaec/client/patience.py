@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import ssl
 import time
 from dataclasses import dataclass
 
@@ -89,7 +90,7 @@ class Attempts:
             failure, asked = error.failure, error.wait
         elif isinstance(error, httpx.TransportError):
             failure = _unreachable(url, error)
-            if isinstance(error, _USELESS):
+            if isinstance(error, _USELESS) or _is_no_tls(error):
                 raise failure from error
         elif isinstance(error, RequestError) and error.error == "broken_answer":
             failure = error
@@ -109,3 +110,14 @@ def _unreachable(url: str, error: httpx.TransportError) -> RequestError:
         "check the address, and that the server runs: rayvaec serve MODEL",
         *(503, "unreachable"),
     )
+
+
+def _is_no_tls(error: BaseException | None) -> bool:
+    """Return whether a server speaks no TLS, or has a certificate that is not trusted."""
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return True
+        if isinstance(error, ssl.SSLError) and error.reason == "WRONG_VERSION_NUMBER":
+            return True
+        error = error.__cause__ or error.__context__
+    return False

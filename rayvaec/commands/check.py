@@ -29,7 +29,7 @@ def add_check(verbs: Verbs) -> None:
     verb.add_argument(
         "--split", default="validation", metavar="validation|train|all", help="which cells"
     )
-    verb.add_argument("--max-cells", type=int, metavar="N", help="check the first N of them")
+    verb.add_argument("--max-cells", type=int, metavar="N", help="check N of them at most")
     verb.add_argument("--num-workers", type=int, default=1, metavar="N")
     verb.add_argument("--use-gpu", action="store_true", help="one GPU a worker")
     verb.set_defaults(run=_check)

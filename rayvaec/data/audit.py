@@ -15,7 +15,6 @@ from scipy import sparse
 from rayvaec import __version__
 from rayvaec.data.foreign import (
     SPLIT_SEED,
-    Findings,
     ForeignStore,
     split,
     store_digest,
@@ -23,7 +22,7 @@ from rayvaec.data.foreign import (
 from rayvaec.data.inputs.counts import as_counts
 from rayvaec.data.inputs.obs import ObsKeys, read_codes, refuse_nothing
 from rayvaec.data.inputs.zarr_reader import Member, open_members
-from rayvaec.data.manifest import Manifest, PartitionInfo
+from rayvaec.data.manifest import Findings, Manifest, PartitionInfo
 from rayvaec.data.names import refuse_duplicates
 from rayvaec.data.registry import Registry
 from rayvaec.data.remote import open_blobs

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from rayvaec.data.blobs import Blobs
 from rayvaec.data.integrity import check_text, verify_partitions
-from rayvaec.data.manifest import Manifest, PartitionInfo, Segment
+from rayvaec.data.manifest import Findings, Manifest, PartitionInfo, Segment
 from rayvaec.data.registry import Registry
 from rayvaec.data.remote import open_blobs
 from rayvaec.data.shards import Vector, ZarrVector, open_vector
@@ -21,8 +20,6 @@ from rayvaec.errors import StoreError
 from rayvaec.location import Location
 
 SPLITS = ("train", "validation", "all")
-DESCRIPTION = "store.json"
-"""Name of what `Store.share` writes where an address is not enough."""
 
 Span = tuple[Vector, int, int]
 """An array, and a range of its elements."""
@@ -143,6 +140,9 @@ class Store:
         Its files, where they are open already.
     """
 
+    findings: Findings | None = None
+    """Of an external store, what its survey found."""
+
     def __init__(self, path: Location, manifest: Manifest, blobs: Blobs | None = None) -> None:
         self.path = path
         self.manifest = manifest
@@ -163,21 +163,6 @@ class Store:
     def _order(self) -> tuple[Segment, ...]:
         """Return what the rows are, in order."""
         return self.manifest.segments()
-
-    def share(self, folder: Path) -> str:
-        """Return what another process opens this store by.
-
-        Parameters
-        ----------
-        folder : Path
-            Folder that the other process sees too, for what it needs to know beyond the address.
-
-        Returns
-        -------
-        str
-            For `rayvaec.data.store.open_store`.
-        """
-        return str(self.path)
 
     def as_stored(self) -> Store:
         """Return the store with its rows in the order in which they lie."""
@@ -206,6 +191,11 @@ class Store:
     def n_train(self) -> int:
         """Number of training cells; they come first."""
         return self.manifest.n_train
+
+    @property
+    def is_shuffled(self) -> bool:
+        """Whether rows are in random order, so that the first of a split stand for all of it."""
+        return len(self.manifest.portions) <= 1
 
     @cached_property
     def hash(self) -> str:
@@ -279,9 +269,22 @@ class Store:
         StoreError
             If a file is missing, cut short or damaged (it is named), or there are no such rows.
         """
-        parts = [self._read(*piece) for piece in self.pieces(start, stop)]
-        if not parts:
-            parts = [self._read(self.partitions[0], 0, 0)]
+        return self.read_runs([range(start, stop)])
+
+    def read_runs(self, runs: Iterable[range]) -> Rows:
+        """Read the cells of several ranges, one after the other; errors as in `read`.
+
+        Parameters
+        ----------
+        runs : iterable of range
+            Consecutive rows each.
+
+        Returns
+        -------
+        Rows
+        """
+        pieces = [piece for run in runs for piece in self.pieces(run.start, run.stop)]
+        parts = self._read(pieces or [(self.partitions[0], 0, 0)])
         if len(parts) == 1:
             return parts[0]
         offsets = np.cumsum([0] + [part.indptr[-1] for part in parts])
@@ -322,21 +325,36 @@ class Store:
         if not self._blobs.is_local:
             self._blobs.fetch(part for vector, *span in spans for part in vector.files(*span))
 
-    def _read(self, partition: Partition, start: int, stop: int) -> Rows:
-        self.fetch(partition.annotation_spans(start, stop))
-        offsets = partition.indptr.read(start, stop + 1)
-        begin, end = int(offsets[0]), int(offsets[-1])
-        batches = partition.batches
-        labels = partition.labels.read(start, stop).astype(np.int32)
-        batch_codes = None if batches is None else batches.read(start, stop).astype(np.int32)
-        self.fetch(partition.value_spans(begin, end))
-        return Rows(
-            indptr=offsets - begin,
-            indices=partition.indices.read(begin, end),
-            counts=partition.counts.read(begin, end),
-            labels=labels,
-            batches=batch_codes,
+    def _read(self, pieces: Sequence[tuple[Partition, int, int]]) -> list[Rows]:
+        """Read ranges of partitions; far away, in two requests for all of them."""
+        self.fetch(
+            span for part, start, stop in pieces for span in part.annotation_spans(start, stop)
         )
+        heads = []
+        for part, start, stop in pieces:
+            batches = part.batches
+            heads.append(
+                (
+                    part.indptr.read(start, stop + 1),
+                    part.labels.read(start, stop).astype(np.int32),
+                    None if batches is None else batches.read(start, stop).astype(np.int32),
+                )
+            )
+        ranges = [
+            (part, int(at[0]), int(at[-1]))
+            for (part, *_), (at, *_) in zip(pieces, heads, strict=True)
+        ]
+        self.fetch(span for part, begin, end in ranges for span in part.value_spans(begin, end))
+        return [
+            Rows(
+                indptr=offsets - begin,
+                indices=part.indices.read(begin, end),
+                counts=part.counts.read(begin, end),
+                labels=labels,
+                batches=batches,
+            )
+            for (part, begin, end), (offsets, labels, batches) in zip(ranges, heads, strict=True)
+        ]
 
     def verify(self) -> None:
         """Compare every file of every partition with its checksum.

@@ -9,48 +9,27 @@ from all over the store, drawn once, by a seed of their own.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rayvaec.data.collection import DESCRIPTION, Partition, Store
+from rayvaec.data.collection import Partition, Store
 from rayvaec.data.inputs.zarr_reader import CastVector, CodedColumn, Member, open_members
 from rayvaec.data.lanes import permutation
-from rayvaec.data.manifest import Manifest, PartitionInfo, Segment
+from rayvaec.data.manifest import Findings, Manifest, PartitionInfo, Segment
 from rayvaec.data.partition import CountsDtypes
 from rayvaec.data.registry import Registry
 from rayvaec.data.remote import open_blobs
 from rayvaec.data.shards import Vector
 from rayvaec.errors import StoreError
-from rayvaec.files import write_json
-from rayvaec.location import Location, location
+from rayvaec.location import Location
 
-FORMAT_VERSION = 1
 SPLIT_SEED = 0
 VAL_FRACTION = 0.1
 MOST_RUN_ROWS = 256
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What a survey of a foreign store found, beyond the manifest.
-
-    Parameters
-    ----------
-    largest : int
-        The largest count.
-    digest : str
-        Of the arrays' shapes, types and layouts, to notice another store in its place.
-    """
-
-    largest: int
-    digest: str
 
 
 class ForeignPartition(Partition):
@@ -164,7 +143,8 @@ class ForeignStore(Store):
         *,
         validation_last: bool = True,
     ) -> None:
-        self.findings, self._validation_last = findings, validation_last
+        self.findings: Findings = findings
+        self._validation_last = validation_last
         if members is None:
             members = open_members(path, open_blobs(path), manifest.sources[0].get("layer"))
         self._members = members
@@ -199,6 +179,11 @@ class ForeignStore(Store):
         """Whether every cell is known to have a name of its own: nobody has looked."""
         return False
 
+    @property
+    def is_shuffled(self) -> bool:
+        """Whether rows are in random order; nobody has said so."""
+        return False
+
     def as_stored(self) -> Store:
         """Return the store with its rows in the order in which they lie."""
         return ForeignStore(
@@ -212,21 +197,6 @@ class ForeignStore(Store):
         places = np.empty(self.n_cells, np.int64)
         places[np.concatenate(rows)] = np.arange(self.n_cells)
         return places[stored]
-
-    def share(self, folder: Path) -> str:
-        """Write a description of the store; return its path."""
-        path = folder / DESCRIPTION
-        write_json(path, self.describe())
-        return str(path)
-
-    def describe(self) -> dict[str, Any]:
-        """Return the JSON-able description that `open_description` reads."""
-        return {
-            "rayvaec_foreign_store": FORMAT_VERSION,
-            "location": str(self.path),
-            **vars(self.findings),
-            "manifest": self.manifest.sealed(),
-        }
 
     def verify(self) -> None:
         """Refuse: there are no checksums.
@@ -284,36 +254,3 @@ def split(cells: Sequence[int]) -> tuple[tuple[Segment, ...], tuple[Segment, ...
             run = part.pop()._replace(stop=run.stop)
         part.append(run)
     return tuple(parts[0]), tuple(parts[1])
-
-
-def open_description(path: Path) -> ForeignStore:
-    """Open a foreign store by the description that a survey left.
-
-    Parameters
-    ----------
-    path : Path
-        What `ForeignStore.share` wrote.
-
-    Returns
-    -------
-    ForeignStore
-
-    Raises
-    ------
-    StoreError
-        If it is no such description, or another store lies where it says.
-    """
-    try:
-        value = json.loads(path.read_text())
-        if not isinstance(value, Mapping) or "rayvaec_foreign_store" not in value:
-            raise ValueError("it is something else")
-        if value["rayvaec_foreign_store"] > FORMAT_VERSION:
-            raise StoreError(f"{path} was written by a newer rayvaec", "upgrade rayvaec")
-        where = location(value["location"])
-        findings = Findings(int(value["largest"]), str(value["digest"]))
-        manifest = Manifest.from_json(value["manifest"], str(where))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(
-            f"{path} is no description of a store ({error})", "name the store itself"
-        ) from error
-    return ForeignStore(where, manifest, findings)

@@ -92,6 +92,22 @@ class Segment(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Findings:
+    """What a survey of an external store found, beyond the manifest.
+
+    Parameters
+    ----------
+    largest : int
+        The largest count.
+    digest : str
+        Of the arrays' shapes, types and layouts, to notice another store in its place.
+    """
+
+    largest: int
+    digest: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a finished store holds.
 
@@ -164,6 +180,19 @@ class Manifest:
                 validation.append(Segment(number, cut, partition.n_cells))
                 number, left = number + 1, left - cut
         return tuple(segment for segment in train + validation if segment.start < segment.stop)
+
+    def continues(self, old: Manifest) -> bool:
+        """Return whether this is another manifest with cells appended."""
+        portions = old.portions or (Portion(len(old.partitions), old.n_train),)
+        ours, theirs = self.registry, old.registry
+        return (
+            (ours.genes, ours.labels_key, ours.batch_key)
+            == (theirs.genes, theirs.labels_key, theirs.batch_key)
+            and ours.labels[: len(theirs.labels)] == theirs.labels
+            and ours.batches[: len(theirs.batches)] == theirs.batches
+            and self.portions[: len(portions)] == portions
+            and self.partitions[: len(old.partitions)] == old.partitions
+        )
 
     def hash(self) -> str:
         """Return 64 hexadecimal digits that are equal for stores giving the same minibatches.

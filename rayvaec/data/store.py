@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from rayvaec.data.collection import DESCRIPTION, SPLITS, Partition, Rows, Store
+from rayvaec.data.collection import SPLITS, Partition, Rows, Store
+from rayvaec.data.description import DESCRIPTION, Description, read_description, share
 from rayvaec.data.groups import COLLECTION, group_attributes
 from rayvaec.data.inputs.obs import ObsKeys
 from rayvaec.data.manifest import Manifest
@@ -13,7 +14,17 @@ from rayvaec.data.remote import open_blobs
 from rayvaec.errors import StoreError
 from rayvaec.location import Location, Url, location
 
-__all__ = ["DESCRIPTION", "SPLITS", "Partition", "Rows", "Store", "is_foreign", "open_store"]
+__all__ = [
+    "DESCRIPTION",
+    "SPLITS",
+    "Partition",
+    "Rows",
+    "Store",
+    "is_foreign",
+    "open_again",
+    "open_store",
+    "share",
+]
 
 
 def open_store(path: Path | str | Url, keys: ObsKeys | None = None) -> Store:
@@ -24,7 +35,7 @@ def open_store(path: Path | str | Url, keys: ObsKeys | None = None) -> Store:
     path : Path, str or Url
         Folder that `rayvaec prepare` wrote, or a URL (``s3://``, ``gs://``, ``https://``) of one;
         with `keys` also an AnnData Zarr or an annbatch collection, which is then surveyed; or what
-        `Store.share` returned. ``STORE::LAYER`` reads a layer of a store that rayvaec did not
+        `share` returned. ``STORE::LAYER`` reads a layer of a store that rayvaec did not
         write.
     keys : ObsKeys, optional
         The obs columns of a store that rayvaec did not write.
@@ -47,9 +58,7 @@ def open_store(path: Path | str | Url, keys: ObsKeys | None = None) -> Store:
     if isinstance(where, Path):
         where = where.absolute()
         if where.suffix == ".json" and where.is_file():
-            from rayvaec.data.foreign import open_description  # brings anndata and pandas
-
-            return open_description(where)
+            return _open_described(read_description(where))
         _check_folder(where)
     blobs = open_blobs(where)
     attributes = group_attributes(blobs)
@@ -101,6 +110,47 @@ def split_store_layer(where: Location) -> tuple[Location, str | None]:
     if not (text and colons and layer) or (isinstance(where, Path) and where.exists()):
         return where, None
     return (replace(where, path=text) if isinstance(where, Url) else Path(text)), layer
+
+
+def open_again(described: Path, where: Location, keys: ObsKeys | None = None) -> Store:
+    """Open a store that work has begun on, with the cells that it had then.
+
+    Parameters
+    ----------
+    described : Path
+        What `share` wrote when the work began.
+    where : Path or Url
+        Where the store lies now: where it lay, or another place; or `described` itself.
+    keys : ObsKeys, optional
+        As in `open_store`, for an external store at another place.
+
+    Returns
+    -------
+    Store
+        Another store if there is one at another place.
+
+    Raises
+    ------
+    StoreError, ConfigError
+        As `open_store`; and if another store lies where that one lay.
+    """
+    description = read_description(described)
+    place, layer = split_store_layer(where)
+    place = place.absolute() if isinstance(place, Path) else place
+    known = description.manifest.sources[0].get("layer") or "X"
+    if place in (described, description.location) and layer in (None, known):
+        return _open_described(description)
+    store = open_store(where, keys)
+    moved = description.findings is None and description.fits(store)
+    return description.cells_of(store) if moved else store
+
+
+def _open_described(description: Description) -> Store:
+    if description.findings is None:
+        return description.cells_of(open_store(description.location))
+    from rayvaec.data.foreign import ForeignStore  # brings anndata and pandas
+
+    return ForeignStore(description.location, description.manifest, description.findings)
 
 
 def is_foreign(where: Location) -> bool:

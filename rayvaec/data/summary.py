@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from rayvaec.data.row_sample import sample_rows
 from rayvaec.data.store import Store
 from rayvaec.model.summary import COUNT_EDGES, MOST_CELLS, N_QUANTILES, TrainingSummary
 
@@ -14,7 +15,7 @@ BLOCK_ROWS = 1024
 def summarise(store: Store, max_cells: int = MOST_CELLS) -> TrainingSummary:
     """Summarise training cells: per label library sizes, per label and gene counts.
 
-    Reads blocks that are spread evenly over the training split, whose order is random.
+    Which of them, `sample_rows` says; they are read in blocks.
 
     Parameters
     ----------
@@ -37,8 +38,8 @@ def summarise(store: Store, max_cells: int = MOST_CELLS) -> TrainingSummary:
     histogram = np.zeros((n_genes * n_labels, len(COUNT_EDGES)), np.uint16)
     libraries: list[NDArray[np.int64]] = []
     labels: list[NDArray[np.int32]] = []
-    for start, stop in _blocks(store.n_train, min(max_cells, MOST_CELLS)):
-        rows = store.read(start, stop)
+    for block in sample_rows(store, "train", min(max_cells, MOST_CELLS)).parts(BLOCK_ROWS):
+        rows = store.read_runs(block.runs)
         counts = rows.counts.astype(np.int64)
         cells = np.repeat(np.arange(len(rows)), np.diff(rows.indptr))
         pairs = rows.indices.astype(np.int64) * n_labels + rows.labels[cells]
@@ -58,15 +59,6 @@ def summarise(store: Store, max_cells: int = MOST_CELLS) -> TrainingSummary:
         mean=(sums.reshape(n_genes, n_labels) / np.maximum(n_cells, 1)).astype(np.float32),
         histogram=per_gene,
     )
-
-
-def _blocks(n_rows: int, max_cells: int) -> list[tuple[int, int]]:
-    """Return ranges of rows: all of them, or blocks at even distances."""
-    if n_rows <= max_cells:
-        return [(start, min(start + BLOCK_ROWS, n_rows)) for start in range(0, n_rows, BLOCK_ROWS)]
-    size = min(BLOCK_ROWS, max_cells)
-    starts = np.linspace(0, n_rows - size, max_cells // size).astype(np.int64)
-    return [(start, start + size) for start in starts.tolist()]
 
 
 def _quantiles(

@@ -21,7 +21,7 @@ class Region:
     number : int
         Position among the regions.
     start, stop : int
-        First and one-past-last row of the store.
+        First and one-past-last row of the store, or of the task's own choice of rows.
     """
 
     number: int

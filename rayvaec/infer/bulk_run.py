@@ -14,7 +14,7 @@ import rayvaec
 from rayvaec.data.inputs.obs import ObsKeys
 from rayvaec.data.lock import WriteLock
 from rayvaec.data.names import listing
-from rayvaec.data.store import open_store
+from rayvaec.data.store import open_store, share
 from rayvaec.errors import ConfigError
 from rayvaec.files import check_free, check_suffix
 from rayvaec.infer.actors import Crew, actors, explained
@@ -151,7 +151,7 @@ def _compute(job: Job, task: Task) -> Any:
             (os.path.abspath(path), model.hash)
             for path, model in zip(inputs.paths, inputs.models, strict=True)
         ),
-        store=inputs.store.share(state.work),
+        store=share(inputs.store, state.work),
         store_hash=inputs.store.hash,
         task=task,
         regions=job.regions,

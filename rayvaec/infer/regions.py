@@ -78,7 +78,7 @@ class Work:
     models : tuple of (str, str)
         Absolute path of each model, and the hash of what must lie there.
     store, store_hash : str
-        What `Store.share` returned, and the hash of what must lie there.
+        What `share` returned, and the hash of what must lie there.
     task : Task
         What to compute.
     regions : Regions

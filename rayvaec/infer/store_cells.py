@@ -87,8 +87,14 @@ class StoreCells:
         tuple of Rows, list of str and Cells
             What the store holds, the names of the cells, and what the model sees of them.
         """
-        rows = self._store.read(start, stop)
-        names = self._store.obs_names(start, stop)
+        return self.read_runs([range(start, stop)], keyed=keyed)
+
+    def read_runs(
+        self, runs: Sequence[range], *, keyed: bool = True
+    ) -> tuple[Rows, list[str], Cells]:
+        """Read the cells of several ranges of rows, one after the other; as `read`."""
+        rows = self._store.read_runs(runs)
+        names = [name for run in runs for name in self._store.obs_names(run.start, run.stop)]
         indptr, indices, counts = rows.indptr, rows.indices, rows.counts
         if self._moves or not (counts.all() and is_ascending(indptr, indices)):
             x = csr_array(

@@ -86,4 +86,4 @@ def _save(
         path.parent.stat()  # save_model would make a folder in the place of one that is away
         save_model(path, module, registry, provenance, overwrite=True)
 
-    patiently(f"{path}", save)
+    patiently(f"{path}", save, path.parent)

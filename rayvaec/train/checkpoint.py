@@ -141,7 +141,7 @@ def store_checkpoint(folder: Path, checkpoints: Path, name: str) -> Path:
         partial.rename(checkpoints / name)
 
     try:
-        patiently(f"the checkpoint {checkpoints / name}", copy)
+        patiently(f"the checkpoint {checkpoints / name}", copy, checkpoints)
     except RayvaecError:
         with suppress(OSError):
             remove(partial)

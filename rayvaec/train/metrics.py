@@ -36,7 +36,7 @@ def append_record(run: Path, record: dict[str, Any]) -> None:
     record : dict
         ``epoch``, ``step`` and whatever was measured; JSON values.
     """
-    patiently(f"{run / METRICS}", _appender(run / METRICS, record))
+    patiently(f"{run / METRICS}", _appender(run / METRICS, record), run)
 
 
 def _appender(path: Path, record: dict[str, Any]) -> Callable[[], None]:
@@ -104,7 +104,7 @@ def append_attempt(run: Path, step: int, num_workers: int) -> None:
         How many they are.
     """
     record = {"started": _now(), "step": step, "num_workers": num_workers}
-    patiently(f"{run / ATTEMPTS}", _appender(run / ATTEMPTS, record))
+    patiently(f"{run / ATTEMPTS}", _appender(run / ATTEMPTS, record), run)
 
 
 def append_loss(run: Path, reason: str) -> None:
@@ -169,7 +169,7 @@ def cut_records(run: Path, step: int) -> None:
         kept = [record for record in read_records(run) if record["step"] <= step]
         write_text(run / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
 
-    patiently(f"{run / METRICS}", cut)
+    patiently(f"{run / METRICS}", cut, run)
 
 
 def write_progress(run: Path, epoch: int, cells: int) -> None:
@@ -185,7 +185,7 @@ def write_progress(run: Path, epoch: int, cells: int) -> None:
         Cells trained on since the beginning of the run.
     """
     value = {"epoch": epoch, "cells": cells}
-    patiently(f"{run / PROGRESS}", lambda: write_json(run / PROGRESS, value))
+    patiently(f"{run / PROGRESS}", lambda: write_json(run / PROGRESS, value), run)
 
 
 def read_progress(run: Path) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 ::
 
     RUN/run.json         store, its hash, state of the run, result
+    RUN/store.json       the store as it was when the run began
     RUN/config.json      the resolved configuration, fit for --config
     RUN/metrics.jsonl    records                 RUN/progress.json   how far it is
     RUN/attempts.jsonl   when workers started    RUN/tensorboard/    the records as events
@@ -252,7 +253,7 @@ def begin_again(out: Path, config: TrainConfig) -> Path | None:
         write_run(out, replace(read_run(out), status="running"))
         return newest
 
-    return patiently(f"{out}", prepare)
+    return patiently(f"{out}", prepare, out)
 
 
 def end(out: Path, status: str, result: dict[str, Any] | None = None) -> None:
@@ -267,7 +268,7 @@ def end(out: Path, status: str, result: dict[str, Any] | None = None) -> None:
     result : dict, optional
         What `TrainLoop.run` returned.
     """
-    patiently(f"{out}", lambda: note_end(out, status, result))
+    patiently(f"{out}", lambda: note_end(out, status, result), out)
 
 
 def note_end(out: Path, status: str, result: dict[str, Any] | None = None) -> None:

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rayvaec.data.row_sample import sample_rows
 from rayvaec.data.store import Rows, Store
 from rayvaec.model.vaec import VAEC
 
 START_CELLS = 4096
-"""Training cells that variances are estimated from; a store's order is random."""
+"""Training cells that variances are estimated from."""
 BLOCK_CELLS = 256
 LABEL_PRIOR = 200.0
 """Counts of all cells that are added to those of every label: labels may have few cells."""
@@ -62,8 +63,7 @@ def start_from_counts(module: VAEC, store: Store) -> None:
     # Half a count for a gene without any: its share is small, but not zero.
     share = np.maximum(np.array(manifest.gene_totals, np.float64), 0.5)
     share /= max(manifest.total_counts, 1)
-    first = store.rows("train").start
-    rows = store.read(first, first + min(store.n_train, START_CELLS))
+    rows = store.read_runs(sample_rows(store, "train", START_CELLS).runs)
     set_start_values(module, share, moments(rows, share, max(store.registry.n_labels, 1)))
 
 

@@ -1,4 +1,4 @@
-"""Storage that fails for a while: waited for within limits, and told from storage that is full."""
+"""Storage that cannot be reached for a while is waited for; what would fail again ends at once."""
 
 from __future__ import annotations
 
@@ -25,16 +25,18 @@ UNREACHABLE = frozenset(
         *(errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EREMOTEIO),
         *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
         *(errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ENODEV, errno.EAGAIN),
+        *(errno.ENETRESET, errno.ESHUTDOWN, errno.ENOLINK, errno.ENXIO, errno.EPIPE, errno.EBUSY),
+        *(errno.ENOMEM, errno.ENOBUFS, errno.EMFILE, errno.ENFILE, errno.EINTR),
     }
 )
-"""What network filesystems answer while their server does not."""
+"""What filesystems answer while their server does not, or while something is short."""
 
 
 class StorageLostError(RayvaecError):
     """Storage could not be reached; what was on it is still good."""
 
 
-def patiently(what: str, action: Callable[[], T]) -> T:
+def patiently(what: str, action: Callable[[], T], folder: Path | None = None) -> T:
     """Do something on storage, and again while the storage cannot be reached.
 
     Parameters
@@ -43,6 +45,9 @@ def patiently(what: str, action: Callable[[], T]) -> T:
         What is written or read, for messages.
     action : callable
         Does it; may be called again after it has failed half way.
+    folder : Path, optional
+        Where it happens. While this folder is not there, as that of a filesystem that is not
+        mounted, it is waited for; other files that are missing are not.
 
     Returns
     -------
@@ -52,11 +57,13 @@ def patiently(what: str, action: Callable[[], T]) -> T:
     Raises
     ------
     RayvaecError
-        At once if there is no room left.
+        At once if there is no room left, or for what waiting does not mend, such as a missing
+        right to write.
     StorageLostError
         If the storage has not come back within `PATIENCE_SECONDS`.
     """
     started, pause = time.monotonic(), FIRST_PAUSE
+    was_there = folder is None
     while True:
         try:
             return action()
@@ -64,8 +71,12 @@ def patiently(what: str, action: Callable[[], T]) -> T:
             number = error_number(error)
             if number is None:
                 raise
-            if number in FULL:
-                raise no_room(what) from error
+            # Seen twice, as the folder may have come back just after the action missed it.
+            is_there = not is_away(folder)
+            is_missing = number == errno.ENOENT and not (is_there and was_there)
+            if number not in UNREACHABLE and not is_missing:
+                raise lasting_failure(what, error) from error
+            was_there = is_there
             waited = time.monotonic() - started
             if waited + pause > PATIENCE_SECONDS:
                 raise StorageLostError(
@@ -76,6 +87,51 @@ def patiently(what: str, action: Callable[[], T]) -> T:
                 logger.warning("%s cannot be reached (%s): waiting", what, os.strerror(number))
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def is_away(folder: Path | None) -> bool:
+    """Return whether a folder that was there is not; one that may not be looked at is there."""
+    if folder is None:
+        return False
+    try:
+        folder.stat()
+    except OSError as error:
+        return error.errno == errno.ENOENT or error.errno in UNREACHABLE
+    return False
+
+
+def lasting_failure(what: str, error: BaseException) -> RayvaecError:
+    """Return the error for what would fail again.
+
+    Parameters
+    ----------
+    what : str
+        What was written or read.
+    error : BaseException
+        How it failed; with a number that `error_number` finds.
+
+    Returns
+    -------
+    RayvaecError
+    """
+    number = error_number(error) or 0
+    if number in FULL:
+        return no_room(what)
+    file = getattr(error, "filename", None)
+    place = f": {file}" if file and str(file) not in what else ""
+    return RayvaecError(
+        f"{what} cannot be written or read ({os.strerror(number)}{place})",
+        f"{_REMEDIES.get(number, 'mend that')}, then --resume: the last good checkpoint is kept",
+    )
+
+
+_REMEDIES = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "give the user of the run the right to it"),
+    errno.EROFS: "mount that filesystem for writing",
+    errno.ENOENT: "put back what is missing",
+    errno.ENOTDIR: "put a folder in the place of the file",
+    errno.EISDIR: "remove the folder in the place of the file",
+}
 
 
 def no_room(what: str) -> RayvaecError:
@@ -116,13 +172,7 @@ def is_outage(error: BaseException, root: object) -> bool:
     """
     if any(error_number(cause) in UNREACHABLE for cause in _causes(error)):
         return True
-    if not isinstance(root, Path) or not isinstance(error, OSError | StoreError):
-        return False
-    try:
-        os.listdir(root)
-    except OSError:
-        return True
-    return False
+    return isinstance(root, Path) and isinstance(error, OSError | StoreError) and is_away(root)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from rayvaec.data.inputs.obs import ObsKeys
 from rayvaec.data.lock import WriteLock
-from rayvaec.data.store import DESCRIPTION, Store, open_store
+from rayvaec.data.store import DESCRIPTION, Store, open_again, open_store, share
 from rayvaec.errors import ConfigError, RayvaecError, StoreError
 from rayvaec.files import check_suffix, remove
 from rayvaec.location import Location, Url, location
@@ -198,14 +198,11 @@ def _open(
     batch_key: str | None,
     layer: str | None = None,
 ) -> Store:
-    """Open a store; one that a resumed run has surveyed is not surveyed again."""
+    """Open a store, for a resumed run with the cells that it began with."""
     keys = None if labels_key is None else ObsKeys(labels_key, batch_key, layer)
-    named = where.absolute() if isinstance(where, Path) else where
-    surveyed = None if resumed is None else resumed / DESCRIPTION
-    if surveyed is not None and surveyed.is_file():
-        store = open_store(surveyed)
-        if named not in (surveyed, store.path):
-            store = open_store(where, keys)
+    described = None if resumed is None else resumed / DESCRIPTION
+    if described is not None and described.is_file():
+        store = open_again(described, where, keys)
     else:
         store = open_store(where, keys)
     registry = store.registry
@@ -292,7 +289,8 @@ def _fit(store: Store, out: Path, config: TrainConfig, cpus: int) -> dict[str, A
     trainer = trainer_class(
         train_worker,
         train_loop_config={
-            "store": store.share(out),
+            "store": share(store, out),
+            "location": str(store.path),
             "run": str(out),
             "config": config.to_json(),
         },

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from rayvaec.data.row_sample import RowSample, sample_rows
 from rayvaec.data.store import Rows, Store
 from rayvaec.model.vaec import VAEC
 from rayvaec.train.noise import latent_noise
@@ -39,43 +41,41 @@ def validation_elbo(
     seed : int
         Seed of the noise.
     max_cells : int, optional
-        Use the first cells of the split only; the store's order is random.
+        Use no more of them than this; `rayvaec.data.row_sample.sample_rows` chooses.
 
     Returns
     -------
     float or None
         Nats a cell, higher is better, the same bits on every worker; None without such cells.
     """
-    rows = store.rows("validation")
-    stop = rows.stop if max_cells is None else min(rows.stop, rows.start + max_cells)
-    if rows.start >= stop:
+    sample = sample_rows(store, "validation", max_cells)
+    if not len(sample):
         return None
     total = 0.0
     was_training = module.training
     module.eval()
-    blocks = range(rows.start, stop, BLOCK_ROWS[ranks.device.type])
-    for start, block in _read_ahead(
-        store, blocks[ranks.rank :: ranks.world_size], stop, blocks.step
-    ):
+    blocks = sample.parts(BLOCK_ROWS[ranks.device.type])
+    for cells, block in _read_ahead(store, blocks[ranks.rank :: ranks.world_size]):
         x, y, batch_index = as_tensors(block, module)
-        cells = np.arange(start, start + len(block))
         noise = latent_noise(module, noise_seed(seed, "validation"), cells, 0)
         output = module.minibatch_loss(x, y, batch_index, noise=noise)
         total -= float((output.reconstruction_loss + output.kl_local).double().sum())
     module.train(was_training)
-    return ranks.sums(total)[0] / (stop - rows.start)
+    return ranks.sums(total)[0] / len(sample)
 
 
-def _read_ahead(store: Store, starts: range, stop: int, n_rows: int) -> Iterator[tuple[int, Rows]]:
-    """Yield blocks of rows, reading the next one in the background."""
+def _read_ahead(
+    store: Store, blocks: Iterable[RowSample]
+) -> Iterator[tuple[NDArray[np.int64], Rows]]:
+    """Yield row numbers and rows of some blocks, reading the next one in the background."""
 
-    def read(start: int) -> tuple[int, Rows]:
-        return start, store.read(start, min(start + n_rows, stop))
+    def read(block: RowSample) -> tuple[NDArray[np.int64], Rows]:
+        return block.rows, store.read_runs(block.runs)
 
-    ahead: Future[tuple[int, Rows]] | None = None
+    ahead: Future[tuple[NDArray[np.int64], Rows]] | None = None
     with ThreadPoolExecutor(1, thread_name_prefix="rayvaec-validation") as reader:
-        for start in starts:
-            ready, ahead = ahead, reader.submit(read, start)
+        for block in blocks:
+            ready, ahead = ahead, reader.submit(read, block)
             if ready is not None:
                 yield ready.result()
         if ahead is not None:

@@ -5,6 +5,7 @@ Ray's controller imports this module, which therefore imports little.
 
 from __future__ import annotations
 
+import errno
 import re
 import time
 from collections.abc import Mapping
@@ -16,7 +17,12 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from rayvaec.errors import RayvaecError
 from rayvaec.train.metrics import append_loss
-from rayvaec.train.storage import FULL, StorageLostError, error_number, no_room
+from rayvaec.train.storage import (
+    UNREACHABLE,
+    StorageLostError,
+    error_number,
+    lasting_failure,
+)
 
 POLL_SECONDS = 0.5
 
@@ -176,13 +182,13 @@ def _of_controller(cause: BaseException) -> RayvaecError:
     if isinstance(cause, RayvaecError):
         return cause
     number = error_number(cause)
-    if number in FULL:
-        return no_room("the record of checkpoints")
-    if number is not None:
+    if number in UNREACHABLE or number == errno.ENOENT:  # the folder may be away
         return StorageLostError(
             f"the run's checkpoints could not be kept: {_one_line(cause)}",
             "go on with --resume when the storage is back",
         )
+    if number is not None:
+        return lasting_failure("the record of checkpoints", cause)
     return RayvaecError(
         f"Ray could not run the training: {_one_line(cause)}",
         "check that the cluster's CPUs and GPUs are free, then go on with --resume",

@@ -52,7 +52,9 @@ class RaySink:
         newest = None
         if self._ranks.is_first:
             what = f"the checkpoints {self._checkpoints}"
-            newest = patiently(what, lambda: newest_checkpoint(self._checkpoints))
+            newest = patiently(
+                what, lambda: newest_checkpoint(self._checkpoints), self._checkpoints
+            )
         yield self._ranks.gather(newest)[0]
 
     def busy(self) -> bool:
@@ -90,8 +92,9 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     Parameters
     ----------
     arguments : dict
-        ``store`` and ``run`` as texts, and ``config`` as JSON values: Ray's controller unpickles
-        them too, and need not import what classes of ours would.
+        ``store`` (its description), ``location`` (where it lies) and ``run`` as texts, and
+        ``config`` as JSON values: Ray's controller unpickles them too, and need not import what
+        classes of ours would.
 
     Returns
     -------
@@ -107,6 +110,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """
     config = TrainConfig.from_json(arguments["config"])
     task = Task(location(arguments["store"]), Path(arguments["run"]), config)
+    lies = location(arguments["location"])
     use_given_cpus()
     context = ray.train.get_context()
     device = get_device()
@@ -116,32 +120,41 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         torch.set_float32_matmul_precision("high")
     ranks = Ranks(context.get_world_rank(), context.get_world_size(), device)
     sink = RaySink(task.run / CHECKPOINTS, ranks)
-    _wait_for_store(task.store)
+    _wait_for_store(task.store, lies)
     if ranks.is_first:
-        patiently(f"{task.run}", lambda: sweep(task.run))
+        patiently(f"{task.run}", lambda: sweep(task.run), task.run)
     try:
         loop = TrainLoop(task, ranks, sink)
         if ranks.is_first:
             append_attempt(task.run, loop.state.step, ranks.world_size)
         return loop.run()
     except RayvaecError as error:
-        if is_outage(error, task.store):
+        if is_outage(error, lies):
             raise ConnectionError(str(error)) from error
         raise
 
 
-def _wait_for_store(path: Location) -> None:
-    """Return when a store that was there before can be read, or raise what is wrong with it."""
+def _wait_for_store(store: Location, lies: Location) -> None:
+    """Return when a store that was there before can be read, or raise what is wrong with it.
+
+    Parameters
+    ----------
+    store : Path or Url
+        What it is opened by: its description in the run folder, or itself.
+    lies : Path or Url
+        Where it lies.
+    """
+    folders = [lies, store.parent] if isinstance(store, Path) else [lies]
 
     def look() -> None:
         try:
-            open_store(path)
+            open_store(store)
         except RayvaecError as error:
-            if is_outage(error, path):
+            if any(is_outage(error, folder) for folder in folders):
                 raise OSError(errno.EIO, str(error)) from error
             raise
 
-    patiently(f"the store {path}", look)
+    patiently(f"the store {lies}", look)
 
 
 def use_given_cpus() -> None:

@@ -22,6 +22,7 @@ from rayvaec.data import Loader, open_store
 from rayvaec.data.audit import label_distance
 from rayvaec.data.foreign import split
 from rayvaec.data.inputs.obs import ObsKeys
+from rayvaec.data.store import share
 from rayvaec.errors import ConfigError, CountsError, StoreError
 from rayvaec.train.trainer import _open
 
@@ -193,7 +194,7 @@ def test_another_process_opens_it_by_its_description(tmp_path):
     path = write(tmp_path / "atlas.zarr", make_anndata(x))
     before = sorted(file.name for file in path.rglob("*"))
     store = open_store(path, KEYS)
-    shared = store.share(tmp_path)
+    shared = share(store, tmp_path)
     assert sorted(file.name for file in path.rglob("*")) == before  # nothing is written into it
     again = open_store(shared)
     assert (again.path, again.hash, again.n_train) == (path, store.hash, store.n_train)
@@ -375,7 +376,7 @@ def test_inspect_says_how_to_train_on_it(tmp_path, capsys):
     assert shown.startswith(f"AnnData that rayvaec did not write: {path}\n")
     assert "  columns  cell_type, donor\n" in shown
     assert f"rayvaec train {path} --out RUN --labels-key KEY" in shown
-    open_store(path, KEYS).share(tmp_path)
+    share(open_store(path, KEYS), tmp_path)
     assert main(["inspect", str(tmp_path / "store.json")]) == 0
     shown = capsys.readouterr().out
     assert "400: 360 for training, 40 for validation, drawn with seed 0" in shown

@@ -124,6 +124,7 @@ def test_what_does_not_pass_is_said(random_store, serve_files, fault, message, m
     with pytest.raises(StoreError, match=message) as caught:
         open_store(server.url)
     assert f"{server.url}/zarr.json" in str(caught.value)
+    assert (len(server.requests) == 1) == fault.startswith("40")
 
 
 def test_a_server_that_is_not_there(serve_files, tmp_path):

@@ -42,7 +42,7 @@ def failing(times: int, number: int) -> Callable[[], str]:
     return action
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ENOENT])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.EBUSY])
 def test_storage_that_comes_back_is_waited_for(
     number: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -62,6 +62,44 @@ def test_storage_that_is_full_is_not_waited_for(number: int) -> None:
     action = failing(1, number)
     with pytest.raises(RayvaecError, match="no room left for the run .*; free some space, then"):
         patiently("the run", action)
+
+
+LASTING = [errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT]
+
+
+@pytest.mark.parametrize("number", LASTING)
+@pytest.mark.parametrize("given", [True, False])
+def test_what_waiting_does_not_mend_is_said_at_once(
+    number: int, given: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = []
+
+    def action() -> None:
+        calls.append(1)
+        raise OSError(number, os.strerror(number), str(tmp_path / "run/metrics.jsonl"))
+
+    with pytest.raises(RayvaecError) as caught:
+        patiently("the run", action, tmp_path if given else None)
+    assert not isinstance(caught.value, StorageLostError)
+    problem = f"the run cannot be written or read ({os.strerror(number)}: {tmp_path}/run/metrics"
+    assert caught.value.detail.startswith(problem)
+    assert caught.value.fix.endswith("then --resume: the last good checkpoint is kept")
+    # A missing file is looked for once more: its folder may have come back meanwhile.
+    assert len(calls) == (2 if given and number == errno.ENOENT else 1)
+
+
+def test_a_folder_that_is_away_is_waited_for(tmp_path: Path) -> None:
+    folder, calls = tmp_path / "mounted", []
+
+    def action() -> str:
+        calls.append(1)
+        if len(calls) == 4:
+            folder.mkdir()  # after the action has missed it, and before anybody looks
+        if len(calls) < 5:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+        return "done"
+
+    assert patiently("the run", action, folder) == "done"
 
 
 def test_what_is_no_failure_of_storage_is_raised() -> None:
@@ -88,6 +126,9 @@ def test_a_store_that_is_away_is_told_from_one_that_is_damaged(
     assert is_outage(unread, store_path)
     assert not is_outage(ValueError("nan"), tmp_path / "unmounted")
     assert not is_outage(damaged, "s3://bucket/store")
+    (tmp_path / "file").touch()
+    assert not is_outage(damaged, tmp_path / "file")
+    assert not is_outage(damaged, tmp_path / "file" / "store")
 
 
 def test_a_record_that_was_half_written_is_written_once(
@@ -246,12 +287,12 @@ def test_the_worker_waits_for_its_store(
 
     mounting = threading.Thread(target=mount)
     mounting.start()
-    _wait_for_store(path)
+    _wait_for_store(path, path)
     mounting.join()
     assert open_store(path).n_train
     (tmp_path / "empty").mkdir()
     with pytest.raises(StoreError):
-        _wait_for_store(tmp_path / "empty")
+        _wait_for_store(tmp_path / "empty", tmp_path / "empty")
     monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0.1)
     with pytest.raises(StorageLostError, match="the store .*none could not be reached"):
-        _wait_for_store(tmp_path / "none")
+        _wait_for_store(tmp_path / "none", tmp_path / "none")

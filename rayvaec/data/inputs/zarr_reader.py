@@ -280,6 +280,7 @@ def open_members(where: Location, blobs: Blobs, layer: str | None = None) -> lis
 
 def _check_genes(first: Member, other: Member) -> None:
     if first.genes == other.genes:
+        other.genes = first.genes  # held once, whatever the number of members
         return
     ours, theirs = set(first.genes), set(other.genes)
     if ours == theirs:

@@ -27,7 +27,7 @@ class CheckConfig:
     split : {"validation", "train", "all"}
         Which cells of the store.
     max_cells : int, optional
-        Most cells to check; all of the split by default.
+        Most cells to check, spread over the split; all of it by default.
     fail_under : mapping of str to float
         Least values of figures; see `parse_thresholds`.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rayvaec.data.names import listing
+from rayvaec.data.row_sample import RowSample, sample_rows
 from rayvaec.data.store import Store
 from rayvaec.errors import ModelError, RayvaecError, StoreError
 from rayvaec.infer.bulk_job import Inputs
@@ -91,9 +92,10 @@ def _check_comparable(inputs: Inputs) -> None:
             )
 
 
-def _rows(store: Store, config: CheckConfig) -> range:
-    rows = store.rows(config.split)
-    if not rows:
+def _rows(store: Store, config: CheckConfig) -> RowSample:
+    """Choose the cells to check, in an order in which every region stands for all of them."""
+    rows = sample_rows(store, config.split, config.max_cells)
+    if not len(rows):
         instead = "train" if config.split == "validation" else "all"
         raise StoreError(
             f"the store {store.path} has no {config.split} cells",
@@ -101,7 +103,7 @@ def _rows(store: Store, config: CheckConfig) -> range:
             + ", which flatters a model that was trained on them, or prepare the store again with "
             "--val-fraction 0.1" * (config.split == "validation"),
         )
-    return rows[: config.max_cells]
+    return rows if store.is_shuffled else rows.mixed()
 
 
 def _panels(inputs: Inputs) -> Iterator[Panel]:

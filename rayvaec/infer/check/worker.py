@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from rayvaec.data.row_sample import RowSample
 from rayvaec.files import open_whole
 from rayvaec.infer.actors import Crew
 from rayvaec.infer.bulk_job import Inputs, Job, Regions
@@ -36,14 +37,14 @@ class PosteriorCheck(Task):
     ----------
     config : CheckConfig
         Which cells, how many draws, thresholds.
-    rows : range
-        The cells, as rows of the store.
+    rows : RowSample
+        The cells; in an order in which every region stands for all of them.
     panels : tuple of Panel
         Which genes of each model are looked at closely.
     """
 
     config: CheckConfig
-    rows: range
+    rows: RowSample
     panels: tuple[Panel, ...]
     formats: ClassVar[tuple[str, ...]] = ()
     as_stored: ClassVar[bool] = False
@@ -54,15 +55,16 @@ class PosteriorCheck(Task):
 
     def regions(self, inputs: Inputs) -> Regions:
         """Cut the cells into at least as many regions as there are groups."""
-        return Regions(self.rows, min(-(-len(self.rows) // GROUPS), MAX_REGION))
+        return Regions(range(len(self.rows)), min(-(-len(self.rows) // GROUPS), MAX_REGION))
 
     def region(self, worker: RegionWorker, number: int) -> dict[str, Any]:
         """Measure one region with every model; return an empty record."""
         region, config = worker.region(number), self.config
-        positions = np.arange(region.start, region.stop) - self.rows.start
+        runs = self.rows.part(region.start, region.stop).runs
+        positions = np.arange(region.start, region.stop)
         on_map = positions % -(-len(self.rows) // MAP_CELLS) == 0
         for which, (model, store_cells) in enumerate(worker.models):
-            rows, _, cells = store_cells.read(region.start, region.stop)
+            rows, _, cells = store_cells.read_runs(runs)
             module, panel = model.module, self.panels[which]
             tally = Tally.empty(
                 module.config.n_input,
@@ -103,7 +105,7 @@ def _part(region: int, model: int, what: str) -> str:
 
 
 def _read_points(paths: list[Path]) -> Points:
-    """Return the cells that the regions kept, in the store's order."""
+    """Return the cells that the regions kept, region by region."""
     found: list[tuple[NDArray[Any], NDArray[np.float32]]] = []
     for path in paths:
         with np.load(path) as arrays:
