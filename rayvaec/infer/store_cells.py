@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,7 +95,7 @@ class StoreCells:
     ) -> tuple[Rows, list[str], Cells]:
         """Read the cells of several ranges of rows, one after the other; as `read`."""
         rows = self._store.read_runs(runs)
-        names = [name for run in runs for name in self._store.obs_names(run.start, run.stop)]
+        names = [self._store.obs_names(run.start, run.stop) for run in runs]
         indptr, indices, counts = rows.indptr, rows.indices, rows.counts
         if self._moves or not (counts.all() and is_ascending(indptr, indices)):
             x = csr_array(
@@ -103,10 +104,13 @@ class StoreCells:
             )
             x = align_columns(x, self._columns, self._n_genes)
             indptr, indices, counts = x.indptr.astype(np.int64), x.indices, x.data
-        keys = np.zeros(len(names), np.uint64)
+        keys = np.zeros(len(rows), np.uint64)
         if keyed:
-            unique = names if self._repetitions is None else self._repetitions.rename(names, start)
-            keys = cell_keys(unique)
+            unique, repetitions = names, self._repetitions
+            if repetitions is not None:
+                parts = zip(names, runs, strict=True)
+                unique = [repetitions.rename(part, run.start) for part, run in parts]
+            keys = cell_keys([*chain.from_iterable(unique)])
         batches = None
         if self._batches is not None and rows.batches is not None:
             batches = self._batches[rows.batches]
@@ -118,7 +122,7 @@ class StoreCells:
             batches=batches,
             keys=keys,
         )
-        return rows, names, cells
+        return rows, [*chain.from_iterable(names)], cells
 
 
 def repeated_names(store: Store) -> Repetitions | None:
