@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from anndata_state import state
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import sparse
 
@@ -59,7 +59,19 @@ def stored(draw: st.DrawFn) -> tuple[Any, np.ndarray]:
     return make_sparse((data, minor, ends), shape=counts.shape), counts
 
 
+def csr(dtype: str, *entries: tuple[int, int, int]) -> tuple[Any, np.ndarray]:
+    """Two cells of three genes, stored entry by entry, and the counts that they are."""
+    rows, columns, data = map(np.array, zip(*entries, strict=True))
+    counts = np.zeros((2, 3), np.int64)
+    np.add.at(counts, (rows, columns), data)
+    parts = data.astype(dtype), columns.astype("i4"), np.searchsorted(rows, [0, 1, 2]).astype("i4")
+    return sparse.csr_matrix(parts, shape=(2, 3)), counts
+
+
 @given(stored(), st.sampled_from(["X", "layer", "raw", "view"]))
+@example(csr("i4", (0, 0, 1), (1, 2, 2)), "X")
+@example(csr("f4", (0, 0, 1), (0, 1, 0), (1, 2, 2)), "layer")
+@example(csr("i4", (0, 2, 1), (0, 0, 3), (1, 2, 2), (1, 2, 5)), "raw")
 def test_every_form_is_the_same_counts_and_is_not_changed(matrix, place):
     x, counts = matrix
     adata = make(np.zeros(counts.shape, np.float32) if place in ("layer", "raw") else x)

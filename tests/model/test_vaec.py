@@ -419,3 +419,31 @@ def test_a_missing_batch_is_refused():
 def test_no_draws_are_refused():
     with pytest.raises(CountsError, match="n_samples=0"):
         small_model().sample(small_tensors(), 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.uint8])
+@pytest.mark.parametrize("generative", ["softplus", "softmax"])
+def test_methods_keep_the_tensors_that_they_are_given(generative, dtype):
+    module = VAEC(12, 3, n_hidden=8, generative=generative, n_batch=2, encode_covariates=True)
+    counts = torch.from_numpy(np.random.default_rng(0).poisson(20, (9, 12))).to(dtype)
+    tensors = {
+        "X": counts,
+        "labels": torch.arange(9)[:, None] % 3,
+        "batch": torch.arange(9)[:, None] % 2,
+    }
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    inferred, generated, losses = module(tensors)
+    z, library = inferred["z"].clone(), inferred["library"].clone()
+    losses.loss.backward()
+    module.generative(inferred["z"], inferred["library"], tensors["labels"], transform_batch=1)
+    module.loss(tensors, inferred, generated)
+    module.sample(tensors, 2)
+    fraction = counts.double().sum(0) / counts.double().sum()
+    kept = fraction.clone()
+    module.init_from_counts(fraction)
+    assert torch.equal(fraction, kept)
+    assert torch.equal(inferred["z"], z)
+    assert torch.equal(inferred["library"], library)
+    for name, tensor in tensors.items():
+        assert tensor.dtype == before[name].dtype
+        assert torch.equal(tensor, before[name]), name
