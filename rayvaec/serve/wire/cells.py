@@ -26,6 +26,7 @@ from rayvaec.serve.wire.size import StreamLimits, check_batches, check_schema, m
 
 _BYTES_PER_VALUE = 8
 """What a gene and its count take as 32-bit integers, in whatever types they are sent."""
+_MAX_NAME_BYTES = 4 * MAX_NAME_LENGTH
 
 
 @dataclass(frozen=True)
@@ -258,14 +259,16 @@ def _names(
     """Return the names that stand in a column, each first in one of `rows`."""
     try:
         if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-            too_long = pc.greater(pc.binary_length(values), 4 * MAX_NAME_LENGTH)  # bytes of UTF-8
-            if (position := pc.index(too_long, True).as_py()) >= 0:
-                raise name_too_long(values[position].as_py(), position)
+            n_bytes = pc.binary_length(values)
+            position = pc.index(pc.greater(n_bytes, _MAX_NAME_BYTES), True).as_py()
+            if position >= 0:  # one text may be a whole body, and wider as Python's
+                beginning = pc.utf8_slice_codeunits(values.slice(position, 1), 0, 40)[0].as_py()
+                size = f"{n_bytes[position].as_py():,} bytes"
+                raise name_too_long(size, f"{beginning!r}...", position)
         return read_names(values.to_pylist())
     except BadEntryError as error:
-        raise UnprocessableError(
-            f"{name}[{rows[error.position[0]]}] {error.problem}", error.fix
-        ) from None
+        place = f"{name}[{rows[error.position[0]]}]" if error.position else name
+        raise UnprocessableError(f"{place} {error.problem}", error.fix) from None
 
 
 def number_column(batch: pa.RecordBatch, name: str) -> NDArray[np.float64]:

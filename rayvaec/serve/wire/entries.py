@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 MAX_NAME_LENGTH = 1000
 """Most characters of the name of a label, batch, gene or cell."""
+MAX_NAMES = 1_000_000
+"""Most names of one list: more than any request has cells or genes."""
 
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
@@ -73,21 +75,24 @@ def read_names(values: Any) -> list[str | None]:
     Raises
     ------
     BadEntryError
-        For anything else, or a name of more than `MAX_NAME_LENGTH` characters.
+        For anything else, more than `MAX_NAMES`, or a name longer than `MAX_NAME_LENGTH`.
     """
     kinds = _kinds(values, (str, int, float, bool, type(None)), "name")
+    if len(values) > MAX_NAMES:
+        raise BadEntryError(f"has {len(values):,} names", f"give at most {MAX_NAMES:,}")
     if not kinds <= {str, type(None)}:
         values = [_text(value) for value in values]
     if max(map(len, filter(None, values)), default=0) > MAX_NAME_LENGTH:
         position = next(i for i, name in enumerate(values) if len(name or "") > MAX_NAME_LENGTH)
-        raise name_too_long(values[position], position)
+        name = values[position]
+        raise name_too_long(f"{len(name):,} characters", shown(name), position)
     return values
 
 
-def name_too_long(name: str, position: int) -> BadEntryError:
+def name_too_long(size: str, beginning: str, position: int) -> BadEntryError:
     """Return the error for a name of more than `MAX_NAME_LENGTH` characters."""
-    problem = f"is a name of {len(name):,} characters, {shown(name)}"
-    return BadEntryError(problem, f"give at most {MAX_NAME_LENGTH:,} characters", position)
+    fix = f"give at most {MAX_NAME_LENGTH:,} characters"
+    return BadEntryError(f"is a name of {size}, {beginning}", fix, position)
 
 
 def read_genes(values: Any) -> list[str]:
