@@ -473,7 +473,9 @@ def test_what_the_adata_lacks_is_named(client, adata, arguments, words):
 def test_missing_labels_are_named(client, adata):
     holes = adata.copy()
     holes.obs["cell_type"] = holes.obs["cell_type"].where(np.arange(30) != 4)
-    with pytest.raises(CountsError, match="no label for 1 of 30 cells, the first at position 4"):
+    with pytest.raises(
+        CountsError, match=f"no label for 1 of 30 cells, the first {adata.obs_names[4]}"
+    ):
         client.sample(holes)
 
 

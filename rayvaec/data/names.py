@@ -159,7 +159,9 @@ def is_one_name(names: Names) -> bool:
     return isinstance(names, str) or is_scalar_array or not isinstance(names, Iterable)
 
 
-def missing_values(values: Sequence[Any], what: str, where: str) -> CountsError:
+def missing_values(
+    values: Sequence[Any], what: str, where: str, cells: Sequence[str] | None = None
+) -> CountsError:
     """Return the error that says how many cells have no value, and which is the first.
 
     Parameters
@@ -170,6 +172,8 @@ def missing_values(values: Sequence[Any], what: str, where: str) -> CountsError:
         What a value is, singular, such as ``"label"``.
     where : str
         Where they come from.
+    cells : sequence of str, optional
+        Names of the cells.
 
     Returns
     -------
@@ -178,9 +182,14 @@ def missing_values(values: Sequence[Any], what: str, where: str) -> CountsError:
     missing = [position for position, value in enumerate(values) if is_missing(value)]
     return CountsError(
         f"{where} has no {what} for {len(missing)} of {len(values)} cells, "
-        f"the first at position {missing[0]}",
+        f"the first {cell_at(missing[0], cells)}",
         f"remove these cells or give them a {what}",
     )
+
+
+def cell_at(position: int, cells: Sequence[str] | None) -> str:
+    """Return what messages call the cell at a position: its name, where cells have names."""
+    return f"at position {position}" if cells is None else cells[position]
 
 
 def is_missing(value: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rayvaec.data.names import choices, is_missing, missing_values, refuse_duplicates
+from rayvaec.data.names import cell_at, choices, is_missing, missing_values, refuse_duplicates
 from rayvaec.errors import CountsError
 
 if TYPE_CHECKING:
@@ -166,7 +166,9 @@ class Registry:
             batch_key=None if value.get("batch_key") is None else _name(value, "batch_key"),
         )
 
-    def encode_labels(self, values: Iterable[Any], where: str) -> NDArray[np.int64]:
+    def encode_labels(
+        self, values: Iterable[Any], where: str, cells: Sequence[str] | None = None
+    ) -> NDArray[np.int64]:
         """Turn labels into codes.
 
         Parameters
@@ -175,6 +177,8 @@ class Registry:
             One label per cell; numbers are read as their text.
         where : str
             Where they come from, for the message.
+        cells : sequence of str, optional
+            Names of the cells, for the message; positions by default.
 
         Returns
         -------
@@ -186,11 +190,13 @@ class Registry:
         CountsError
             If a value is missing (how many, the first cell) or unknown (the valid ones).
         """
-        return _encode(values, self.labels, "label", where)
+        return _encode(values, self.labels, "label", where, cells)
 
-    def encode_batches(self, values: Iterable[Any], where: str) -> NDArray[np.int64]:
+    def encode_batches(
+        self, values: Iterable[Any], where: str, cells: Sequence[str] | None = None
+    ) -> NDArray[np.int64]:
         """Turn batches into codes; parameters and errors as in `encode_labels`."""
-        return _encode(values, self.batches, "batch", where)
+        return _encode(values, self.batches, "batch", where, cells)
 
     def align_genes(self, names: Sequence[str], where: str = "the data") -> GeneAlignment:
         """Find this registry's genes among other names.
@@ -268,11 +274,11 @@ class Registry:
         found = self.align_genes(source.genes, where)
         refuse_missing(self.genes, found.missing, source.genes, allow_missing, where)
         key = labels_key or self.labels_key
-        labels = self.encode_labels(source.column(key), f"{where}.obs[{key!r}]")
+        labels = self.encode_labels(source.column(key), f"{where}.obs[{key!r}]", source.names)
         batches = None
         if self.batch_key is not None:
             values = source.column(self.batch_key)
-            batches = self.encode_batches(values, f"{where}.obs[{self.batch_key!r}]")
+            batches = self.encode_batches(values, f"{where}.obs[{self.batch_key!r}]", source.names)
         columns = inverse(found.columns, len(source.genes))
         x = align_columns(source.counts(), columns, self.n_genes)
         return AlignedCells(
@@ -309,7 +315,11 @@ def inverse(columns: NDArray[np.int64], n_names: int) -> NDArray[np.int64]:
 
 
 def _encode(
-    values: Iterable[Any], known: tuple[str, ...], what: str, where: str
+    values: Iterable[Any],
+    known: tuple[str, ...],
+    what: str,
+    where: str,
+    cells: Sequence[str] | None,
 ) -> NDArray[np.int64]:
     code = {name: position for position, name in enumerate(known)}
     every = list(values)
@@ -318,20 +328,25 @@ def _encode(
         code.setdefault(value, -1 if is_missing(value) else code.get(str(value), -2))
     codes = np.fromiter((code[value] for value in every), np.int64, count=len(every))
     if codes.size and codes.min() < 0:
-        raise _encode_error(every, codes, known, what, where)
+        raise _encode_error(every, codes, known, what, where, cells)
     return codes
 
 
 def _encode_error(
-    values: list[Any], codes: NDArray[np.int64], known: tuple[str, ...], what: str, where: str
+    values: list[Any],
+    codes: NDArray[np.int64],
+    known: tuple[str, ...],
+    what: str,
+    where: str,
+    cells: Sequence[str] | None,
 ) -> CountsError:
     if (codes == -1).any():
-        return missing_values(values, what, where)
+        return missing_values(values, what, where, cells)
     unknown = np.flatnonzero(codes == -2)
     value = str(values[int(unknown[0])])
     return CountsError(
         f"{where} has the unknown {what} {value!r} ({unknown.size} of {len(values)} cells with "
-        f"unknown ones, the first at position {unknown[0]})",
+        f"unknown ones, the first {cell_at(int(unknown[0]), cells)})",
         f"valid ones are {choices(value, known)}",
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,15 +123,18 @@ def align_cells(
         indptr=x.indptr.astype(np.int64),
         indices=x.indices.astype(np.int32, copy=False),
         counts=x.data.astype(np.int32, copy=False),
-        labels=label_codes(raw.labels, n_cells, registry),
-        batches=batch_codes(raw.batches, n_cells, registry),
+        labels=label_codes(raw.labels, n_cells, registry, raw.cell_ids),
+        batches=batch_codes(raw.batches, n_cells, registry, raw.cell_ids),
         keys=keys_of(raw.cell_ids, n_cells),
     )
     return Aligned(cells, missing, extra)
 
 
 def label_codes(
-    labels: Sequence[str | None], n_cells: int, registry: Registry
+    labels: Sequence[str | None],
+    n_cells: int,
+    registry: Registry,
+    cell_ids: Sequence[str | None] | None = None,
 ) -> NDArray[np.int64]:
     """Turn a request's labels into codes.
 
@@ -143,6 +146,8 @@ def label_codes(
         How many there must be.
     registry : Registry
         The model's names.
+    cell_ids : sequence of str, optional
+        Names of the cells, for messages.
 
     Returns
     -------
@@ -155,13 +160,16 @@ def label_codes(
     """
     _check_length("labels", labels, n_cells)
     try:
-        return registry.encode_labels(labels, "labels")
+        return registry.encode_labels(labels, "labels", _names_in_messages(cell_ids, n_cells))
     except CountsError as error:
         raise UnprocessableError(error.detail, error.fix, error="unknown_label") from error
 
 
 def batch_codes(
-    batches: Sequence[str | None] | None, n_cells: int, registry: Registry
+    batches: Sequence[str | None] | None,
+    n_cells: int,
+    registry: Registry,
+    cell_ids: Sequence[str | None] | None = None,
 ) -> NDArray[np.int64] | None:
     """Turn a request's batches into codes, None for a model without batches.
 
@@ -173,6 +181,8 @@ def batch_codes(
         How many there must be.
     registry : Registry
         The model's names.
+    cell_ids : sequence of str, optional
+        Names of the cells, for messages.
 
     Returns
     -------
@@ -193,7 +203,7 @@ def batch_codes(
         )
     _check_length("batches", batches, n_cells)
     try:
-        return registry.encode_batches(batches, "batches")
+        return registry.encode_batches(batches, "batches", _names_in_messages(cell_ids, n_cells))
     except CountsError as error:
         raise UnprocessableError(error.detail, error.fix, error="unknown_batch") from error
 
@@ -306,11 +316,16 @@ def _check_length(name: str, values: Sequence[Any], n_cells: int) -> None:
         )
 
 
+def _names_in_messages(cell_ids: Sequence[str | None] | None, n_cells: int) -> Sequence[str] | None:
+    """Return the names of the cells, None where not each of them has one."""
+    if cell_ids is None or len(cell_ids) != n_cells or None in cell_ids:
+        return None
+    return cast("Sequence[str]", cell_ids)
+
+
 def _cell_names(cell_ids: Sequence[str | None] | None, n_cells: int) -> Sequence[Any]:
     """Return what to call the cells in messages."""
-    if cell_ids is None or len(cell_ids) != n_cells:
-        return range(n_cells)
-    return cell_ids
+    return _names_in_messages(cell_ids, n_cells) or range(n_cells)
 
 
 def _check_indices(raw: RawCells, names: Sequence[Any], n_columns: int) -> None:

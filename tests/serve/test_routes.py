@@ -355,7 +355,7 @@ CELLS_REFUSED = [
      "unknown label 'type_O'", "unknown_label"),
     ({"genes": [f"ENSG{i}" for i in range(120)]}, "has none of the 120 genes", "unknown_gene"),
     ({"labels": ["type_0", None] + ["type_0"] * 3},
-     "labels has no label for 1 of 5 cells, the first at position 1", "unknown_label"),
+     "labels has no label for 1 of 5 cells, the first ", "unknown_label"),
     ({"labels": ["type_0"] * 4 + [["type_0"]]}, "labels[4] is ['type_0']", "invalid_request"),
     ({"labels": "type_0"}, "labels is 'type_0'", "invalid_request"),
     ({"labels": ["type_0"] * 4 + ["x" * 1001]}, "labels[4] is a name of 1,001 characters",

@@ -148,7 +148,7 @@ class InMemory:
         names = self.column(key)
         present = [name for name in names if name is not None]
         if len(present) < len(names):
-            raise missing_values(names, what, f"{self._where}.obs[{key!r}]")
+            raise missing_values(names, what, f"{self._where}.obs[{key!r}]", self.names)
         return present
 
     def counts(self) -> sparse.csr_array:
