@@ -429,7 +429,9 @@ def with_raw(x):
 def test_a_layer_of_a_foreign_store_is_read(tmp_path, version):
     x = make_counts()
     path = write(tmp_path / "atlas.zarr", with_raw(x), version)
-    with pytest.raises(CountsError, match=r"raw counts, such as `layer='raw'` \(layers: raw\)"):
+    with pytest.raises(
+        CountsError, match=r"raw counts, such as `layer='raw'` \(layers: raw; raw is adata.raw.X"
+    ):
         open_store(path, KEYS)
     store = open_store(path, ObsKeys("cell_type", layer="raw"))
     assert_holds(store, x)
@@ -448,7 +450,9 @@ def test_a_layer_on_a_web_server(tmp_path, serve_files):
     x = make_counts()
     write(tmp_path / "atlas.zarr", with_raw(x))
     server = serve_files(tmp_path)
-    with pytest.raises(CountsError, match=r"such as `layer='raw'` \(layers: raw\)"):
+    with pytest.raises(
+        CountsError, match=r"such as `layer='raw'` \(layers: raw; raw is adata.raw.X"
+    ):
         open_store(f"{server.url}/atlas.zarr", KEYS)
     assert_holds(open_store(f"{server.url}/atlas.zarr::raw", KEYS), x)
 

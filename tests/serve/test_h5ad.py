@@ -160,7 +160,7 @@ def test_uploads_are_off_by_default(serve_with, trained, whole):
     off = serve_with(h5ad_uploads=False)
     response = off.post("/v1/latent", content=whole, headers={"Content-Type": H5AD})
     assert response.status_code == 415
-    assert "unless the server is started with --enable-h5ad-uploads" in response.json()["fix"]
+    assert "unless the server is started with `--enable-h5ad-uploads`" in response.json()["fix"]
     taken = off.get("/openapi.json").json()["paths"]["/v1/latent"]["post"]
     assert H5AD not in taken["requestBody"]["content"]
     assert "parameters" not in taken

@@ -97,4 +97,7 @@ def _fix(layers: Sequence[str], option: str) -> str:
         return "pass raw counts (these look normalised or scaled, and there are no other layers)"
     example = next((name for name in layers if "count" in name.lower()), layers[0])
     quoted = example if option.startswith("?") else repr(example)
-    return f"pass raw counts, such as {option}{quoted} (layers: {listing(layers)})"
+    known = listing(layers) + (
+        "; raw is adata.raw.X unless a layer is called so" if "raw" in layers else ""
+    )
+    return f"pass raw counts, such as {option}{quoted} (layers: {known})"
