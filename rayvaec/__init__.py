@@ -19,3 +19,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(trained, name)
     raise AttributeError(f"module 'rayvaec' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

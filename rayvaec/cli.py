@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import NoReturn
 
 import rayvaec
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         The exit code.
     """
-    arguments = build_parser().parse_args(argv)
+    arguments = _parse(argv)
     root, to_stderr = logging.getLogger(), logging.StreamHandler(sys.stderr)
     httpx = logging.getLogger("httpx")
     levels = root.level, httpx.level
@@ -57,6 +58,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         root.removeHandler(to_stderr)
         root.setLevel(levels[0])
         httpx.setLevel(levels[1])
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command; what no option is called is a mistake in its verb."""
+    parser = build_parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        verb = verbs_of(parser)[arguments.verb]
+        options = [name for name in verb._option_string_actions if name.startswith("--")]
+        near = get_close_matches(unknown[0].split("=")[0], options, n=1)
+        known = f" (did you mean {near[0]}?)" if near else ""
+        verb.error(f"unrecognized arguments: {' '.join(unknown)}{known}")
+    return arguments
+
+
+def verbs_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Return the parser of each verb."""
+    (verbs,) = (each for each in parser._actions if isinstance(each, argparse._SubParsersAction))
+    return dict(verbs.choices)
 
 
 def _run(arguments: argparse.Namespace, debug: bool) -> int:

@@ -99,6 +99,17 @@ def test_help_imports_nothing_heavy():
     assert not modules_after("import rayvaec.cli; rayvaec.cli.build_parser()") & heavy
 
 
+def test_what_the_package_offers_is_seen_before_it_is_loaded():
+    code = (
+        "import rayvaec, sys; assert dir(rayvaec) == sorted(rayvaec.__all__); print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {name.split(".")[0] for name in done.stdout.split()} & {"torch", "ray", "numba"}
+    import rayvaec
+
+    assert all(hasattr(rayvaec, name) for name in rayvaec.__all__)
+
+
 def test_there_are_no_cycles():
     modules = {
         str(p.relative_to(PACKAGE.parent).with_suffix("")).replace("/", "."): p for p in MODULES

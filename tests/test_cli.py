@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from rayvaec.cli import build_parser, main
+from rayvaec.cli import build_parser, main, verbs_of
 from rayvaec.infer.trained import load_model
 
 
@@ -55,7 +55,7 @@ def test_help_lists_every_command(run):
 
 
 def test_every_command_has_help(run):
-    verbs = build_parser()._subparsers._group_actions[0].choices
+    verbs = verbs_of(build_parser())
     assert len(verbs) >= 10
     for verb in verbs:
         code, out, _ = run(verb, "--help")
@@ -70,6 +70,27 @@ def test_train_help_lists_the_settings(run):
 def test_a_wrong_word_takes_one_line(run):
     mistake(run("trian"), "trian", "see rayvaec --help")
     mistake(run("train"), "STORE", "see rayvaec train --help")
+
+
+REQUIRED = {
+    "simulate": "--out OUT",
+    "prepare": "IN --out OUT --labels-key KEY",
+    "inspect": "RUN",
+    "train": "STORE --out OUT",
+    "check": "MODEL STORE --out OUT",
+    "serve": "MODEL",
+    "import": "DIR --out OUT",
+    "export": "MODEL --out OUT",
+    "demo": "--out OUT",
+    "sample": "MODEL STORE --out OUT --n-samples 3",
+}
+
+
+@pytest.mark.parametrize("verb", verbs_of(build_parser()))
+def test_a_mistyped_option_points_to_its_verb(run, verb):
+    words = REQUIRED.get(verb, "MODEL STORE --out OUT").split()
+    where = f"see rayvaec {verb} --help"
+    mistake(run(verb, *words, "--debgu", "3"), "--debgu", "did you mean --debug?", where)
 
 
 def test_simulate_prepare_inspect(run, tmp_path):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import rayvaec
-from rayvaec.cli import build_parser, main
+from rayvaec.cli import build_parser, main, verbs_of
 from rayvaec.data.build import PrepareConfig, prepare
 from rayvaec.data.simulate import write_atlas
 from rayvaec.errors import RayvaecError, RequestError
@@ -75,8 +75,7 @@ def test_so_does_who_reads_the_log(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def options() -> Iterator[argparse.Action]:
-    verbs = build_parser()._subparsers._group_actions[0].choices
-    for verb in verbs.values():
+    for verb in verbs_of(build_parser()).values():
         yield from (action for action in verb._actions if action.option_strings)
 
 

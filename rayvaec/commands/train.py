@@ -64,7 +64,10 @@ def _train(arguments: argparse.Namespace) -> None:
         run=out if arguments.resume and (out / "config.json").exists() else None,
         **{name: getattr(arguments, name) for name in flags},
     )
-    from rayvaec.train.trainer import train  # only now: it imports Ray and torch, which takes long
+    # Only now: they import Ray and torch, which takes long.
+    from rayvaec.train.report import stopped_text
+    from rayvaec.train.run import read_config
+    from rayvaec.train.trainer import train
 
     result = train(
         arguments.store,
@@ -79,6 +82,8 @@ def _train(arguments: argparse.Namespace) -> None:
     elbo = "" if result.best_elbo is None else f", validation ELBO {result.best_elbo:.2f}"
     start = f" (start-up {result.startup_seconds:.0f} s)" if result.startup_seconds else ""
     print(f"trained {result.epochs} epochs in {result.seconds:.0f} s{start}")
+    why = {"stopped": result.stopped, "epoch": result.epochs, "best_epoch": result.best_epoch}
+    print(f"stopped {stopped_text(why, read_config(out))}")
     print(f"best model: {out}/model (epoch {result.best_epoch}{elbo})")
     print(f"next: rayvaec sample {out}/model {arguments.store} --out OUT.zarr --n-samples 10")
     print(f"      rayvaec serve {out}/model")

@@ -15,16 +15,18 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from rayvaec.errors import RayvaecError, StoreError
 from rayvaec.files import remove, write_json
+from rayvaec.train.config import TrainConfig
 from rayvaec.train.storage import patiently
 
 TENSORS, STATE = "state.safetensors", "state.json"
@@ -66,6 +68,19 @@ class RunState:
     loss_sum: float = 0.0
     best_elbo: float | None = None
     best_epoch: int = 0
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Build from values by name, of which those that are not known here are left out."""
+        known = {item.name for item in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    def stopped(self, config: TrainConfig) -> str:
+        """Return which setting ends the run here, ``"max_epochs"`` or ``"patience"``, or ``""``."""
+        if self.epoch >= (config.max_epochs or 0):
+            return "max_epochs"
+        waited = self.epoch - self.best_epoch
+        return "patience" if config.patience and waited >= config.patience else ""
 
 
 def checkpoint_name(state: RunState) -> str:
@@ -191,8 +206,7 @@ def read_checkpoint(
     }
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    known = {item.name for item in fields(RunState)}
-    return RunState(**{name: value for name, value in values.items() if name in known})
+    return RunState.from_json(values)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -36,6 +36,25 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Named recipes; ``scvi`` is what scvi-tools trains CondSCVI with."""
 
+SCVI_NAMES = {
+    "n_epochs_kl_warmup": "kl_warmup_epochs is its name here",
+    "n_steps_kl_warmup": "kl_warmup_steps is its name here",
+    "learning_rate": "lr is its name here",
+    "gradient_clip_val": "gradient_clip is its name here",
+    "early_stopping_patience": "patience is its name here",
+    "early_stopping": "patience is the number of epochs after which a run stops early, 0 for never",
+    "early_stopping_monitor": "the validation ELBO is what patience looks at",
+    "train_size": "give val_fraction, the share that is held out, to prepare",
+    "validation_size": "give val_fraction, the share that is held out, to prepare",
+    "reduce_lr_on_plateau": "lr_schedule is the course of the rate here",
+    "plan_kwargs": "lr, weight_decay, kl_warmup_epochs and the like are settings of their own here",
+    "accelerator": "use_gpu gives each worker a GPU",
+    "devices": "num_workers is the number of processes, each with a GPU where use_gpu is set",
+    "check_val_every_n_epoch": "validation follows every epoch",
+    "gene_likelihood": "counts are negative binomial; generative is the form of the model",
+}
+"""Settings of scvi-tools by their names there, and what to give here."""
+
 CELLS_PER_DEFAULT_RUN = 20_000
 """Training cells for which `DEFAULT_EPOCHS` is the default number of epochs."""
 DEFAULT_EPOCHS = 50
@@ -99,7 +118,10 @@ class TrainConfig:
         True, "start the output at the genes' mean shares, and dispersions at what the counts show"
     )
     patience: int = setting(
-        20, "epochs without a better validation ELBO that end the run; 0: never", low=0
+        20,
+        "epochs without a better validation ELBO that end the run; 0: never",
+        low=0,
+        resumable=True,
     )
     seed: int = setting(0, "seed of weights, order and noise", low=0, high=2**63 - 1)
 
@@ -195,7 +217,7 @@ class TrainConfig:
         ConfigError
             If names are unknown or values cannot be used, all at once.
         """
-        read, problems = read_values(cls, split_range(values))
+        read, problems = read_values(cls, split_range(values), SCVI_NAMES)
         raise_problems(problems + _problems(asdict(cls()) | read))
         return cls(**read)
 
@@ -240,7 +262,7 @@ class TrainConfig:
         recipe = given.pop("preset", "default")
         if recipe not in PRESETS:
             problems.append(unknown("preset", recipe, PRESETS))
-        read, read_problems = read_values(cls, given)
+        read, read_problems = read_values(cls, given, SCVI_NAMES)
         values = asdict(cls()) | base | PRESETS.get(recipe, {}) | read
         raise_problems(problems + read_problems + _problems(values))
         return cls(**values)

@@ -23,7 +23,7 @@ from rayvaec.data.window import Minibatch
 from rayvaec.errors import RayvaecError
 from rayvaec.location import Location
 from rayvaec.model.vaec import VAEC
-from rayvaec.train.artefacts import save_best, save_last
+from rayvaec.train.artefacts import BEST, LAST, save_best, save_last
 from rayvaec.train.checkpoint import RunState, checkpoint_name, read_checkpoint, write_checkpoint
 from rayvaec.train.config import TrainConfig
 from rayvaec.train.device_steps import DeviceSteps
@@ -131,10 +131,7 @@ class TrainLoop:
     @property
     def stopped(self) -> str:
         """Why the run is over, empty while it is not."""
-        state, patience = self.state, self.config.patience
-        if state.epoch >= self.max_epochs:
-            return "max_epochs"
-        return "patience" if patience and state.epoch - state.best_epoch >= patience else ""
+        return self.state.stopped(self.config)
 
     def _restore(self) -> RunState:
         with self.sink.latest() as folder:
@@ -198,8 +195,8 @@ class TrainLoop:
         self._sync()
         elbo = validation_elbo(self.module, self.store, self.ranks, config.seed, config.val_cells)
         if elbo is not None and not math.isfinite(elbo):
-            raise RayvaecError(
-                f"the validation ELBO became {elbo} after epoch {state.epoch + 1}", _ADVICE
+            raise self._not_finite(
+                f"the validation ELBO became {elbo} after epoch {state.epoch + 1}"
             )
         record = self._epoch_record(elbo)
         state.epoch, state.epoch_step, state.epoch_cells = state.epoch + 1, 0, 0
@@ -273,8 +270,17 @@ class TrainLoop:
             save_last(self.task.run, self.module, self.store, self.config, record)
         names = [self.store.obs_names(cell, cell + 1)[0] for cell in cells[:3]]
         what = f"the loss of {len(cells)} cells ({listing(names)})" if cells else "the gradient"
-        raise RayvaecError(
-            f"{what} stopped being finite at step {error.step + 1}, in epoch {epoch + 1}", _ADVICE
+        raise self._not_finite(
+            f"{what} stopped being finite at step {error.step + 1}, in epoch {epoch + 1}"
+        )
+
+    def _not_finite(self, what: str) -> RayvaecError:
+        """Return the error, with the models that are there as the first worker sees them."""
+        run = self.task.run
+        kept = self.ranks.gather([f"{run / n}" for n in (BEST, LAST) if (run / n).is_dir()])[0]
+        models = f"{' and '.join(kept)} hold{'s' * (len(kept) == 1)} a good model; " if kept else ""
+        return RayvaecError(
+            what, f"{models}try a lower --set lr=..., or a lower --set gradient_clip=..."
         )
 
     def _numbers(self, step: int) -> StepNumbers:
@@ -289,12 +295,6 @@ class TrainLoop:
     @property
     def _total_steps(self) -> int:
         return self.max_epochs * self.loader.steps_per_epoch
-
-
-_ADVICE = (
-    "RUN/model and RUN/last hold the last good model; try a lower --set lr=..., "
-    "or --set gradient_clip=..."
-)
 
 
 def _adam(module: VAEC, config: TrainConfig) -> torch.optim.Adam:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -174,6 +175,8 @@ def describe_run(path: Path) -> str:
         f"store       {info.store} ({info.store_hash[:12]})",
         f"epochs      {len(epochs)} of {config.max_epochs}",
     ]
+    if info.result is not None:
+        lines.append(f"stopped     {stopped_text(info.result, config)}")
     if epochs:
         lines += _course(epochs)
     lines += _starts(read_attempts(path))
@@ -184,6 +187,22 @@ def describe_run(path: Path) -> str:
         *_next_commands(path, info.status, info.store),
     ]
     return "\n".join(lines)
+
+
+def stopped_text(result: Mapping[str, Any], config: TrainConfig) -> str:
+    """Say why a finished run went no further.
+
+    Parameters
+    ----------
+    result : Mapping
+        ``stopped``, ``epoch`` and ``best_epoch``, as `TrainLoop.run` returned them.
+    config : TrainConfig
+        The run's configuration.
+    """
+    if result["stopped"] == "max_epochs":
+        return f"after max_epochs={result['epoch']}"
+    waited = result["epoch"] - result["best_epoch"]
+    return f"early: no better validation ELBO in {waited} epochs (patience={config.patience})"
 
 
 def _course(epochs: list[dict[str, Any]]) -> list[str]:

@@ -24,6 +24,7 @@ from rayvaec.errors import ConfigError, StoreError
 from rayvaec.files import bring_back, check_free, remove, write_json
 from rayvaec.train.artefacts import BEST, LAST
 from rayvaec.train.checkpoint import (
+    RunState,
     clear_checkpoints,
     drop_partial_checkpoints,
     newest_checkpoint,
@@ -197,13 +198,13 @@ def finished(out: Path, config: TrainConfig) -> dict[str, Any] | None:
     Returns
     -------
     dict or None
-        What `TrainLoop.run` returned.
+        What `TrainLoop.run` returned, with what ends the run by this configuration.
     """
     info = read_run(out)
     if info.status != "finished" or info.result is None:
         return None
-    ended = info.result["stopped"] == "patience" or info.result["epoch"] >= config.max_epochs
-    return info.result if ended else None
+    stopped = RunState.from_json(info.result).stopped(config)
+    return {**info.result, "stopped": stopped} if stopped else None
 
 
 def begin(out: Path, store: Store, config: TrainConfig) -> None:

@@ -73,7 +73,9 @@ def find_problems(cls: type, values: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def read_values(cls: type, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def read_values(
+    cls: type, values: Mapping[str, Any], elsewhere: Mapping[str, str]
+) -> tuple[dict[str, Any], list[str]]:
     """Turn texts into the types that the settings have.
 
     Parameters
@@ -82,6 +84,8 @@ def read_values(cls: type, values: Mapping[str, Any]) -> tuple[dict[str, Any], l
         A dataclass whose fields are declared with `setting`.
     values : Mapping
         Settings by name, as texts or as values.
+    elsewhere : Mapping
+        Names that other programs have for settings, and what to give here instead.
 
     Returns
     -------
@@ -94,7 +98,12 @@ def read_values(cls: type, values: Mapping[str, Any]) -> tuple[dict[str, Any], l
     hints = _hints(cls)
     for name, value in values.items():
         if name not in hints:
-            problems.append(unknown("setting", name, hints))
+            instead = elsewhere.get(name)
+            problems.append(
+                f"unknown setting {name!r}: {instead}"
+                if instead
+                else unknown("setting", name, hints)
+            )
             continue
         parsed = _parse(value, hints[name])
         if _has_type(parsed, hints[name]):
@@ -128,7 +137,7 @@ def read_pairs(texts: Sequence[str], flags: Mapping[str, Any]) -> tuple[dict[str
         if equals and name.strip():
             pairs.append((name.strip(), value.strip()))
         else:
-            problems.append(f"--set {text!r} is not of the form key=value")
+            problems.append(f"setting {text!r} is not of the form key=value")
     values: dict[str, Any] = {}
     for name, value in pairs:
         if name in values and str(values[name]) != str(value):

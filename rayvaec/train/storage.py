@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 PATIENCE_SECONDS = 120.0
 """How long storage that cannot be reached is waited for."""
+GO_ON = "go on with --resume"
+"""Advice of errors after which a run can be resumed; `train` replaces it where nothing was kept."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 10.0
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 UNREACHABLE = frozenset(
@@ -81,7 +83,7 @@ def patiently(what: str, action: Callable[[], T], folder: Path | None = None) ->
             if waited + pause > PATIENCE_SECONDS:
                 raise StorageLostError(
                     f"{what} could not be reached for {waited:.0f} s ({os.strerror(number)})",
-                    "go on with --resume when the storage is back",
+                    f"{GO_ON} when the storage is back",
                 ) from error
             if pause == FIRST_PAUSE:
                 logger.warning("%s cannot be reached (%s): waiting", what, os.strerror(number))
@@ -121,7 +123,7 @@ def lasting_failure(what: str, error: BaseException) -> RayvaecError:
     place = f": {file}" if file and str(file) not in what else ""
     return RayvaecError(
         f"{what} cannot be written or read ({os.strerror(number)}{place})",
-        f"{_REMEDIES.get(number, 'mend that')}, then --resume: the last good checkpoint is kept",
+        f"{_REMEDIES.get(number, 'mend that')}, then {GO_ON}",
     )
 
 
@@ -138,7 +140,7 @@ def no_room(what: str) -> RayvaecError:
     """Return the error for storage that is full."""
     return RayvaecError(
         f"there is no room left for {what} ({os.strerror(errno.ENOSPC)})",
-        "free some space, then go on with --resume: the last good checkpoint is kept",
+        f"free some space, then {GO_ON}",
     )
 
 

@@ -25,11 +25,17 @@ from rayvaec.train.artefacts import BEST, LAST, save_summaries
 from rayvaec.train.checkpoint import drop_old_checkpoints
 from rayvaec.train.config import TrainConfig
 from rayvaec.train.report import Follower
-from rayvaec.train.storage import StorageLostError
+from rayvaec.train.storage import GO_ON, StorageLostError
 from rayvaec.train.workers import check_resources, workers_text
 
 logger = logging.getLogger("rayvaec")
 CHECKPOINTS_KEPT = 2
+_FINISHED = {
+    "max_epochs": "the run %s is finished after %d epochs, the best was epoch %d: a larger "
+    "--max-epochs goes on with it",
+    "patience": "the run %s stopped early after %d epochs, the best was epoch %d: a larger "
+    "--set patience=N goes on with it, 0 until max_epochs",
+}
 RAY_SETTINGS = {
     # How often the controller looks: checkpoints are taken over, and lost workers noticed, at
     # this pace.
@@ -152,7 +158,7 @@ def _train(
     config = (config or TrainConfig()).resolved(opened.n_train)
     done = folder.finished(out, config) if resume else None
     if done is not None:
-        logger.info("the run %s is finished: a larger --max-epochs goes on with it", out)
+        logger.info(_FINISHED[done["stopped"]], out, done["epoch"], done["best_epoch"])
         return done, None
     if starts_ray():
         check_resources(config)  # now, not when Ray has been started
@@ -232,28 +238,31 @@ def _fit_and_follow(
 
     Returns what the workers returned, and when they took their first step.
     """
-    status, summary = "failed", None
     try:
         with Follower(out, config, store.n_train) as follower:
             summary = _fit_through_outages(store, out, config, cpus, resume_from)
         save_summaries(out, store)
         folder.end(out, "finished", summary)
-        status = "finished"
-    except KeyboardInterrupt:
-        status = "interrupted"
+    except BaseException as error:
+        _leave(out, error)
         raise
-    finally:
-        if status != "finished":
-            _leave(out, status)
     return summary, follower.started_at or time.monotonic()
 
 
-def _leave(out: Path, status: str) -> None:
-    """Note how a run ended that did not finish, as far as its storage lets us."""
+def _leave(out: Path, error: BaseException) -> None:
+    """Note how a run ended that did not finish, as far as its storage lets us.
+
+    A failed run without anything worth keeping is removed, and the error does not advise to resume.
+    """
+    interrupted = isinstance(error, KeyboardInterrupt)
     with suppress(OSError, StoreError):
-        folder.note_end(out, status)
-        if status == "failed" and not folder.has_results(out):
+        folder.note_end(out, "interrupted" if interrupted else "failed")
+        if not interrupted and not folder.has_results(out):
             remove(out)
+            if isinstance(error, RayvaecError):
+                error.args = tuple(
+                    part.replace(GO_ON, "start the run again") for part in error.args
+                )
 
 
 def _fit_through_outages(
@@ -319,7 +328,7 @@ def _fit(store: Store, out: Path, config: TrainConfig, cpus: int) -> dict[str, A
     except api.TrainingFailedError as error:
         raise as_own_error(error) from error
     if result.return_value is None:
-        raise RayvaecError(f"the training in {out} ended without a result", "go on with --resume")
+        raise RayvaecError(f"the training in {out} ended without a result", GO_ON)
     return dict(result.return_value)
 
 

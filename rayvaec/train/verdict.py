@@ -18,6 +18,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from rayvaec.errors import RayvaecError
 from rayvaec.train.metrics import append_loss
 from rayvaec.train.storage import (
+    GO_ON,
     UNREACHABLE,
     StorageLostError,
     error_number,
@@ -95,8 +96,7 @@ class WaitLimit(ControllerCallback):
         if waited > self._max_wait:
             raise RayvaecError(
                 f"there was no room for {self._who} for {waited:.0f} s",
-                "free CPUs and GPUs or add nodes, then go on with --resume; "
-                "--set max_wait=... waits longer",
+                f"free CPUs and GPUs or add nodes, then {GO_ON}; --set max_wait=... waits longer",
             )
         if previous_state is current_state:
             time.sleep(POLL_SECONDS)  # the controller itself would ask again without a pause
@@ -185,13 +185,13 @@ def _of_controller(cause: BaseException) -> RayvaecError:
     if number in UNREACHABLE or number == errno.ENOENT:  # the folder may be away
         return StorageLostError(
             f"the run's checkpoints could not be kept: {_one_line(cause)}",
-            "go on with --resume when the storage is back",
+            f"{GO_ON} when the storage is back",
         )
     if number is not None:
         return lasting_failure("the record of checkpoints", cause)
     return RayvaecError(
         f"Ray could not run the training: {_one_line(cause)}",
-        "check that the cluster's CPUs and GPUs are free, then go on with --resume",
+        f"check that the cluster's CPUs and GPUs are free, then {GO_ON}",
     )
 
 
@@ -200,9 +200,7 @@ def _failed(failures: Mapping[int, BaseException], times: int) -> RayvaecError:
         f"worker {rank}: {_one_line(unwrapped(failures[rank]))}" for rank in sorted(failures)[:2]
     )
     often = f" {times} times without a new checkpoint" if times > 1 else ""
-    return RayvaecError(
-        f"the training failed{often}: {what}", "--resume goes on from the last checkpoint"
-    )
+    return RayvaecError(f"the training failed{often}: {what}", GO_ON)
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from rayvaec.errors import ConfigError
-from rayvaec.train.config import PRESETS, TrainConfig, read_config
+from rayvaec.train.config import PRESETS, SCVI_NAMES, TrainConfig, read_config
 
 
 def test_defaults_are_valid_and_survive_json() -> None:
@@ -42,7 +43,7 @@ def test_every_problem_is_named_at_once() -> None:
         "unknown setting 'max_epoch': did you mean 'max_epochs'?",
         "seed=-1 is too small: at least 0",
         "dropout_rate=2.0 is too large: at most 0.95",
-        "--set 'word' is not of the form key=value",
+        "setting 'word' is not of the form key=value",
     ):
         assert part in text
     assert "\n" not in text
@@ -146,3 +147,28 @@ def test_every_setting_says_what_it_is_for() -> None:
     settings = TrainConfig.settings()
     assert set(settings) == set(TrainConfig().to_json())
     assert all(settings.values())
+
+
+@pytest.mark.parametrize("name", SCVI_NAMES)
+def test_names_of_scvi_tools_are_answered_with_what_there_is_here(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^unknown setting '{name}': ") as caught:
+        TrainConfig.from_json({name: 3})
+    words = set(re.findall(r"\w+", str(caught.value).partition(": ")[2]))
+    elsewhere = {"val_fraction", "validation"}  # of prepare; what is done anyway
+    assert words & ({*TrainConfig.settings()} | elsewhere)
+    with pytest.raises(ConfigError, match=re.escape(str(caught.value))):
+        TrainConfig.from_options(settings=[f"{name}=3"])
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("n_epochs_kl_warmup", "kl_warmup_epochs"),
+        ("n_steps_kl_warmup", "kl_warmup_steps"),
+        ("learning_rate", "lr"),
+        ("early_stopping_patience", "patience"),
+    ],
+)
+def test_a_setting_that_only_has_another_name(theirs: str, ours: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{theirs}': {ours} is its name here$"):
+        TrainConfig.from_json({theirs: 3})

@@ -18,7 +18,7 @@ from rayvaec.train import loop as loop_module
 from rayvaec.train.loop import TrainLoop
 from rayvaec.train.metrics import read_epochs, read_records
 from rayvaec.train.staging import StepNumbers
-from rayvaec.train.steps import HostSteps
+from rayvaec.train.steps import HostSteps, NotFiniteError
 
 MakeLoop = Callable[..., TrainLoop]
 
@@ -189,6 +189,28 @@ def test_a_loss_that_is_not_finite_names_step_and_cells(
         saved = read_model(tmp_path / "run" / name)
         assert all(value.isfinite().all() for value in saved.module.state_dict().values())
     assert read_model(tmp_path / "run" / "last").provenance["metrics"]["step"] == 20
+    run = tmp_path / "run"
+    assert f"; {run / 'model'} and {run / 'last'} hold a good model; try" in str(caught.value)
+
+
+@pytest.mark.parametrize("last_is_good", [True, False])
+def test_only_models_that_are_there_are_named(
+    make_loop: MakeLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_is_good: bool
+) -> None:
+    loop, run = make_loop(), tmp_path / "run"
+
+    def fail(*_: Any) -> None:
+        with torch.no_grad():
+            loop.module.px_r.mul_(1 if last_is_good else math.nan)
+        raise NotFiniteError(0, [])
+
+    monkeypatch.setattr(loop.steps, "take", fail)
+    with pytest.raises(RayvaecError, match="the gradient stopped being finite at step 1,") as error:
+        loop.run()
+    assert not (run / "model").exists()
+    assert (run / "last").exists() == last_is_good
+    named = f"{run / 'last'} holds a good model; " if last_is_good else ""
+    assert error.value.fix.startswith(f"{named}try a lower `lr=...`")
 
 
 def test_a_validation_elbo_that_is_not_finite_ends_the_run(

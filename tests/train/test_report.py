@@ -86,6 +86,7 @@ def test_a_run_is_described(
         "from step 30, 1 worker\n              after: lost worker 1 (its node was lost)",
         "finished, started 20",
         "2 of 2",
+        "stopped     after max_epochs=2",
         f"{result['best_elbo']:.2f} nats a cell, in epoch 2",
         "2 x 16 hidden, 5 latent",
         "batch size 64, lr 0.00353553, seed 0",
@@ -93,6 +94,10 @@ def test_a_run_is_described(
     ):
         assert part in text
     assert "--resume" not in text
+    early = {**result, "stopped": "patience", "epoch": 9, "best_epoch": 6}
+    folder.end(run, "finished", early)
+    why = "stopped     early: no better validation ELBO in 3 epochs (patience=20)"
+    assert why in describe_run(run)
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:

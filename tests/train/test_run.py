@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rayvaec.data.store import Store, open_store
 from rayvaec.errors import ConfigError, RayvaecError, StoreError
+from rayvaec.files import write_json
 from rayvaec.train import run as folder
 from rayvaec.train.config import TrainConfig, read_config
 
@@ -130,3 +132,33 @@ def test_errors_are_ours(begun: Path) -> None:
     (begun / "run.json").write_text("{")
     with pytest.raises(RayvaecError):
         folder.read_run(begun)
+
+
+EARLY = {"stopped": "patience", "epoch": 9, "best_epoch": 7, "best_elbo": -3.0, "seconds": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "stopped"),
+    [
+        ({}, "patience"),
+        ({"max_epochs": 400}, "patience"),
+        ({"patience": 1}, "patience"),
+        ({"patience": 3}, ""),
+        ({"patience": 0}, ""),
+        ({"patience": 3, "max_epochs": 9}, "max_epochs"),
+        ({"patience": 0, "max_epochs": 5}, "max_epochs"),
+    ],
+    ids=str,
+)
+def test_a_run_that_stopped_early_goes_on_with_more_patience(
+    begun: Path, store: Store, settings: dict[str, Any], stopped: str
+) -> None:
+    before = {"max_epochs": 20, "patience": 2}
+    write_json(begun / "config.json", TrainConfig.from_json(before).to_json())
+    folder.end(begun, "finished", EARLY)
+    asked = TrainConfig.from_json(before | settings)
+    config = folder.check_resumable(begun, store, asked)
+    done = folder.finished(begun, config)
+    assert (done and done["stopped"]) == (stopped or None)
+    if done:
+        assert {**done, "stopped": "patience"} == EARLY

@@ -83,7 +83,7 @@ def test_what_waiting_does_not_mend_is_said_at_once(
     assert not isinstance(caught.value, StorageLostError)
     problem = f"the run cannot be written or read ({os.strerror(number)}: {tmp_path}/run/metrics"
     assert caught.value.detail.startswith(problem)
-    assert caught.value.fix.endswith("then --resume: the last good checkpoint is kept")
+    assert caught.value.fix.endswith("then go on with `resume=True`")
     # A missing file is looked for once more: its folder may have come back meanwhile.
     assert len(calls) == (2 if given and number == errno.ENOENT else 1)
 

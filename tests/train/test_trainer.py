@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ray.train import ControllerError
 
 from rayvaec.data.store import open_store
 from rayvaec.errors import ConfigError, StoreError
@@ -21,7 +22,9 @@ from rayvaec.train import run as folder
 from rayvaec.train.config import TrainConfig
 from rayvaec.train.loop import TrainLoop
 from rayvaec.train.metrics import read_attempts, read_epochs, read_records
-from rayvaec.train.trainer import RunResult, train
+from rayvaec.train.storage import no_room
+from rayvaec.train.trainer import RunResult, _leave, train
+from rayvaec.train.verdict import as_own_error
 
 # Ray Train makes a context of Ray Data, whose constructor warns of its own fields.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
@@ -181,6 +184,22 @@ def test_what_ray_does_not_have_is_said_at_once(
     with pytest.raises(ConfigError, match=said):
         train(store_path, tmp_path / "run", TrainConfig.from_json(settings))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_only_a_run_that_is_kept_can_be_resumed(
+    store_path: Path, tmp_path: Path, kept: bool
+) -> None:
+    for number, error in enumerate((no_room("it"), as_own_error(ControllerError(OSError(5, "x"))))):
+        assert "go on with `resume=True`" in error.fix
+        run = tmp_path / f"run{number}"
+        folder.begin(run, open_store(store_path), TrainConfig(max_epochs=1))
+        if kept:
+            (run / "checkpoints" / "step_0000000001").mkdir()
+        _leave(run, error)
+        assert run.exists() == kept
+        assert ("resume" in str(error)) == kept
+        assert ("start the run again" in str(error)) != kept
 
 
 def test_what_is_wrong_is_said_before_ray_starts(store_path: Path, tmp_path: Path) -> None:

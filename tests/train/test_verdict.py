@@ -39,7 +39,7 @@ def test_a_foreign_error_becomes_one_line() -> None:
     assert found.exit_code == 1
     assert str(found) == (
         "the training failed: worker 1: OSError: [Errno 28] No space left on device; "
-        "`resume=True` goes on from the last checkpoint"
+        "go on with `resume=True`"
     )
     found = as_own_error(ControllerError(RuntimeError("no\nresources")))
     assert str(found).startswith("Ray could not run the training: RuntimeError: no resources; ")
@@ -76,7 +76,7 @@ def test_losses_between_two_checkpoints_are_counted(tmp_path: Path) -> None:
     survived = len(read_losses(tmp_path))
     assert survived == 10 + 2 + 1 + 9
     with pytest.raises(
-        RayvaecError, match=r"the training failed: worker 1: .*`resume=True` goes on"
+        RayvaecError, match=r"the training failed: worker 1: .*go on with `resume=True`"
     ):
         FailureLimit(0, tmp_path).after_exception(None, lost)
     assert len(read_losses(tmp_path)) == survived
