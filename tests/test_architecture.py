@@ -44,16 +44,10 @@ def part_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-class WithoutTypeImports(ast.NodeTransformer):
-    """Drops `if TYPE_CHECKING:` blocks, which import nothing when the program runs."""
-
-    def visit_If(self, node: ast.If) -> ast.AST | None:
-        return None if ast.unparse(node.test) == "TYPE_CHECKING" else self.generic_visit(node)
-
-
 def imported_modules(path: Path) -> set[str]:
+    """What a module imports, for types alone as well."""
     names = set()
-    for node in ast.walk(WithoutTypeImports().visit(ast.parse(path.read_text()))):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -37,6 +37,9 @@ class Blobs(Protocol):
     def text(self, key: str) -> str | None:
         """Return a small file's text, None where there is no such file."""
 
+    def whole(self, key: str) -> bytes | None:
+        """Return a small file's bytes, None where there is no such file."""
+
     def size(self, key: str) -> int | None:
         """Return a file's size in bytes, None where there is no such file."""
 
@@ -103,8 +106,13 @@ class LocalBlobs:
 
     def text(self, key: str) -> str | None:
         """Return a small file's text, None where there is no such file."""
+        content = self.whole(key)
+        return None if content is None else content.decode("utf-8", errors="replace")
+
+    def whole(self, key: str) -> bytes | None:
+        """Return a small file's bytes, None where there is no such file."""
         try:
-            return (self._root / key).read_text(encoding="utf-8", errors="replace")
+            return (self._root / key).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:

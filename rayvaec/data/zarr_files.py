@@ -1,4 +1,4 @@
-"""zarr's view of remote files: every request goes through `RemoteBlobs`, with its retries."""
+"""zarr's view of remote files: every request goes through its reader, with its retries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from zarr.abc.store import (
 if TYPE_CHECKING:
     from zarr.core.buffer import Buffer, BufferPrototype
 
-    from rayvaec.data.remote import RemoteBlobs
+    from rayvaec.data.blobs import Blobs
 
 
 class ZarrFiles(Store):
@@ -26,7 +26,7 @@ class ZarrFiles(Store):
 
     Parameters
     ----------
-    blobs : RemoteBlobs
+    blobs : Blobs
         The files.
     """
 
@@ -34,7 +34,7 @@ class ZarrFiles(Store):
     supports_deletes = False
     supports_listing = False
 
-    def __init__(self, blobs: RemoteBlobs) -> None:
+    def __init__(self, blobs: Blobs) -> None:
         super().__init__(read_only=True)
         self._blobs = blobs
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from rayvaec.kernels.threads import run_all, thread_count
 from rayvaec.model.precision import in_working_precision
 
 if TYPE_CHECKING:
-    from rayvaec.model.vaec import VAEC
+    from rayvaec.model.sparse import SparseVAEC
 
 BLOCK_ROWS = 64
 """Rows of every matrix product; a shorter block is padded."""
@@ -68,12 +68,12 @@ class KeyedRows:
 
 
 @torch.no_grad()
-def draw_rows(module: VAEC, loc: Tensor, scale: Tensor, rows: KeyedRows) -> Draws:
+def draw_rows(module: SparseVAEC, loc: Tensor, scale: Tensor, rows: KeyedRows) -> Draws:
     """Draw z from N(loc, scale) and counts given z.
 
     Parameters
     ----------
-    module : VAEC
+    module : SparseVAEC
         The model, in evaluation mode.
     loc, scale : Tensor[n_rows, n_latent]
         Mean and standard deviation of z.
@@ -91,15 +91,19 @@ def draw_rows(module: VAEC, loc: Tensor, scale: Tensor, rows: KeyedRows) -> Draw
     return draw(module, z, rows)
 
 
-def draw_posterior(module: VAEC, tensors: Mapping[str, Tensor], n_samples: int) -> Draws:
+def draw_posterior(
+    module: SparseVAEC, tensors: Mapping[str, Tensor], inferred: Mapping[str, Any], n_samples: int
+) -> Draws:
     """Draw from cells' posterior predictive distribution; torch's global generator gives the seed.
 
     Parameters
     ----------
-    module : VAEC
+    module : SparseVAEC
         The model, in evaluation mode.
     tensors : Mapping
         As in `VAEC.forward`.
+    inferred : Mapping
+        What `VAEC.inference` returned for them.
     n_samples : int
         Draws a cell, each with its own z.
 
@@ -107,14 +111,8 @@ def draw_posterior(module: VAEC, tensors: Mapping[str, Tensor], n_samples: int) 
     -------
     Draws
         Counts of (n_cells * n_samples) x n_input, a cell's draws one after another.
-
-    Raises
-    ------
-    CountsError
-        If `tensors` do not fit the model.
     """
     y, batch_index = tensors["labels"], tensors.get("batch")
-    inferred = module.inference(tensors["X"], y, batch_index=batch_index)
     n_cells, qz = len(y), inferred["qz"]
     cell = torch.arange(n_cells).repeat_interleave(n_samples)
     rows = KeyedRows(
@@ -128,7 +126,7 @@ def draw_posterior(module: VAEC, tensors: Mapping[str, Tensor], n_samples: int) 
     return draw_rows(module, qz.loc[cell], qz.scale[cell], rows)
 
 
-def draw_fused(module: VAEC, z: Tensor, rows: KeyedRows) -> Draws:
+def draw_fused(module: SparseVAEC, z: Tensor, rows: KeyedRows) -> Draws:
     """Draw counts given z on the CPU, with the decoder's last product inside the kernel.
 
     Parameters and result as in `draw_rows`, with z, Tensor[n_rows, n_latent], drawn.
@@ -159,7 +157,7 @@ def draw_fused(module: VAEC, z: Tensor, rows: KeyedRows) -> Draws:
 
 
 @torch.no_grad()
-def draw_decoded_blocks(module: VAEC, z: Tensor, rows: KeyedRows) -> Draws:
+def draw_decoded_blocks(module: SparseVAEC, z: Tensor, rows: KeyedRows) -> Draws:
     """Draw counts given z: decode on the device of the model, draw on the CPU.
 
     Parameters and result as in `draw_fused`; counts may differ where a rate is rounded otherwise.
@@ -184,13 +182,13 @@ def draw_decoded_blocks(module: VAEC, z: Tensor, rows: KeyedRows) -> Draws:
 
 @torch.no_grad()
 def decode_block(
-    module: VAEC, z: Tensor, library: Tensor, y: Tensor, batch_index: Tensor | None
+    module: SparseVAEC, z: Tensor, library: Tensor, y: Tensor, batch_index: Tensor | None
 ) -> Tensor:
     """Decode at most BLOCK_ROWS rows to px_rate, in a product of exactly BLOCK_ROWS rows.
 
     Parameters
     ----------
-    module : VAEC
+    module : SparseVAEC
     z : Tensor[n_rows, n_latent]
     library, y, batch_index : Tensor[n_rows, 1]
 

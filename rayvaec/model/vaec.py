@@ -279,7 +279,10 @@ class VAEC(SparseVAEC):
         was_training = self.training
         self.eval()
         try:
-            draws = draw_posterior(self, tensors, n_samples)
+            inferred = self.inference(
+                tensors["X"], tensors["labels"], batch_index=tensors.get("batch")
+            )
+            draws = draw_posterior(self, tensors, inferred, n_samples)
         finally:
             self.train(was_training)
         n_rows = len(tensors["labels"]) * n_samples

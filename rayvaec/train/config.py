@@ -17,7 +17,7 @@ from rayvaec.train.settings import (
     setting,
     unknown,
 )
-from rayvaec.train.workers import split_range
+from rayvaec.train.worker_range import split_range
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},

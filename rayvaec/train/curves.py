@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rayvaec.data.names import printable
 from rayvaec.files import whole_output
 from rayvaec.train.metrics import read_attempts, read_records
-from rayvaec.train.workers import workers_text
+from rayvaec.train.worker_range import workers_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

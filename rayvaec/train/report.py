@@ -22,7 +22,7 @@ from rayvaec.train.metrics import (
 )
 from rayvaec.train.run import read_run
 from rayvaec.train.tracking import Mirror, trackers_for
-from rayvaec.train.workers import workers_text
+from rayvaec.train.worker_range import workers_text
 
 logger = logging.getLogger("rayvaec")
 POLL_SECONDS = 0.5

@@ -26,7 +26,8 @@ from rayvaec.train.checkpoint import drop_old_checkpoints
 from rayvaec.train.config import TrainConfig
 from rayvaec.train.report import Follower
 from rayvaec.train.storage import GO_ON, StorageLostError
-from rayvaec.train.workers import check_resources, workers_text
+from rayvaec.train.worker_range import workers_text
+from rayvaec.train.workers import check_resources
 
 logger = logging.getLogger("rayvaec")
 CHECKPOINTS_KEPT = 2

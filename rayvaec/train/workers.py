@@ -1,48 +1,18 @@
-"""How many workers, and with what: ranges such as 2-8, and what the cluster has for them."""
+"""Resources of workers: what the cluster has for them, and the share that each gets."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rayvaec.runtime import check_cpus, check_gpus, ray_nodes
+from rayvaec.train.worker_range import workers_text
 
 if TYPE_CHECKING:
     from rayvaec.train.config import TrainConfig
 
 MOST_THREADS = 8
 """CPUs that a worker gets by default, at most: a VAEC's layers are too small to use more."""
-
-
-def split_range(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Read ``num_workers="2-8"`` as the two settings that it stands for.
-
-    Parameters
-    ----------
-    values : Mapping
-        Settings by name, from one source.
-
-    Returns
-    -------
-    dict
-        With ``min_workers`` wherever ``num_workers`` is given: a plain number means no fewer.
-    """
-    values = dict(values)
-    if "num_workers" in values:
-        ends = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", str(values["num_workers"]))
-        if ends is None:
-            values.setdefault("min_workers", None)
-        else:
-            values["min_workers"], values["num_workers"] = map(int, ends.groups())
-    return values
-
-
-def workers_text(fewest: int, most: int) -> str:
-    """Return ``"1 worker"``, ``"3 workers"`` or ``"2 to 8 workers"``."""
-    if fewest < most:
-        return f"{fewest} to {most} workers"
-    return f"{most} worker{'s' if most != 1 else ''}"
 
 
 def share_of_cpus(

@@ -4,7 +4,8 @@ import pytest
 
 from rayvaec.errors import ConfigError
 from rayvaec.train.config import TrainConfig
-from rayvaec.train.workers import share_of_cpus, split_range, workers_text
+from rayvaec.train.worker_range import split_range, workers_text
+from rayvaec.train.workers import share_of_cpus
 
 
 @pytest.mark.parametrize(
