@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Condition, Thread
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
@@ -192,8 +191,8 @@ class FileServer:
         The paths that were asked for.
     etags, ranges : bool
         Whether answers carry an ETag, and whether parts of files can be asked for.
-    delay : float
-        Seconds that a request takes.
+    gather : int
+        Requests that are answered only once so many are there at the same time, or a minute later.
     most_at_once : int
         The most requests that were being answered at the same time.
     """
@@ -202,8 +201,8 @@ class FileServer:
         self.faults: list[str] = []
         self.requests: list[str] = []
         self.etags = self.ranges = True
-        self.delay, self.at_once, self.most_at_once = 0.0, 0, 0
-        server, counting = self, Lock()
+        self.gather, self.at_once, self.most_at_once = 1, 0, 0
+        server, counting = self, Condition()
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -216,7 +215,8 @@ class FileServer:
                     server.requests.append(self.path)
                     server.at_once += 1
                     server.most_at_once = max(server.most_at_once, server.at_once)
-                time.sleep(server.delay)
+                    counting.notify_all()
+                    counting.wait_for(lambda: server.most_at_once >= server.gather, timeout=60)
                 try:
                     self._serve()
                 finally:

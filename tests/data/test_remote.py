@@ -172,12 +172,12 @@ def test_requests_are_made_together(random_store, serve_files):
     server = serve_files(random_store.path)
     store = open_store(server.url)
     whole = store.read(0, 2345)
-    server.delay, server.most_at_once = 0.02, 0
+    server.gather, server.most_at_once = 2, 0  # counts and indices
     np.testing.assert_array_equal(store.read(0, 2345).counts, whole.counts)
-    assert server.most_at_once >= 2  # counts and indices
-    server.most_at_once = 0
+    assert server.most_at_once >= 2
+    server.gather, server.most_at_once = 6, 0  # offsets, labels and batches of three partitions
     store.fetch(span for part in store.partitions for span in part.annotation_spans(0, 9))
-    assert server.most_at_once >= 6  # offsets, labels and batches of three partitions
+    assert server.most_at_once >= 6
     server.requests.clear()
     for part in store.partitions:
         part.labels.read(0, 9)

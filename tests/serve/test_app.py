@@ -214,11 +214,7 @@ def keeps_few_answers_that_are_sent(server: Any, trained: TrainedModel) -> None:
 
     asyncio.run(ask())
     assert sum(sizes) > 60 * 2**20
-    (proxy,) = (
-        pid
-        for pid in server.alive()
-        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::ProxyActor")
-    )
+    (proxy,) = server.named("ray::ProxyActor")
     status = Path(f"/proc/{proxy}/status").read_text()
     assert int(status.partition("RssShmem:")[2].split()[0]) < 15 * 2**10
 
@@ -242,6 +238,14 @@ def refuses_more_than_there_are_places_for(server: Any, trained: TrainedModel) -
     assert {answer.json()["error"] for answer in refused} == {"queue_full"}
 
 
+def requests_in_work(server: Any) -> float:
+    """Ask all replicas how many requests they have."""
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    lines = httpx.get(f"{server.url}/metrics", headers=headers, timeout=30).text.splitlines()
+    counts = [line for line in lines if line.startswith("rayvaec_requests_in_work{")]
+    return sum(float(line.rpartition(" ")[2]) for line in counts)
+
+
 def finishes_what_is_in_work(server: Any, adata: anndata.AnnData) -> None:
     """Stop the server while a long answer is under way; the answer comes whole."""
     answers: list[anndata.AnnData] = []
@@ -252,7 +256,8 @@ def finishes_what_is_in_work(server: Any, adata: anndata.AnnData) -> None:
 
     thread = threading.Thread(target=ask)
     thread.start()
-    time.sleep(0.3)
+    while thread.is_alive() and not requests_in_work(server):
+        time.sleep(0.05)
     server.process.send_signal(signal.SIGTERM)
     thread.join(90)
     assert len(answers) == 1
