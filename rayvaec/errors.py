@@ -11,7 +11,10 @@
     └── RequestError        an HTTP request, seen by server or client    (exit code 2)
         ├── UndecodableError            400, the body cannot be decoded
         ├── UnauthorizedError           401, no token, or a wrong one
+        ├── NotFoundError               404, nothing at this address
+        ├── MethodNotAllowedError       405, another method is needed
         ├── NotAcceptableError          406, no media type of Accept can be given
+        ├── ConflictError               409, what is asked about has changed meanwhile
         ├── PayloadTooLargeError        413, body, work or answer above a limit
         ├── UnsupportedMediaTypeError   415, Content-Type or Content-Encoding
         ├── UnprocessableError          422, values that do not fit the model or each other
@@ -131,10 +134,28 @@ class UnauthorizedError(RequestError):
     status, error = 401, "unauthorized"
 
 
+class NotFoundError(RequestError):
+    """A request for what does not exist."""
+
+    status, error = 404, "not_found"
+
+
+class MethodNotAllowedError(RequestError):
+    """A request with a method that its address does not take."""
+
+    status, error = 405, "method_not_allowed"
+
+
 class NotAcceptableError(RequestError):
     """A request for an answer of a media type that cannot be given."""
 
     status, error = 406, "not_acceptable"
+
+
+class ConflictError(RequestError):
+    """A request about a model that is not the one it began with."""
+
+    status, error = 409, "model_changed"
 
 
 class PayloadTooLargeError(RequestError):

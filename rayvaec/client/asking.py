@@ -21,7 +21,7 @@ from rayvaec.client.portions import GivenCells, Portions, new_cells, portions
 from rayvaec.client.refusals import TurnedAwayError, check
 from rayvaec.client.rows import PART_BYTES, Collector, Part, whole
 from rayvaec.data.names import Names, as_names
-from rayvaec.errors import ConfigError, RequestError
+from rayvaec.errors import ConfigError, ConflictError, RequestError
 from rayvaec.progress import Progress
 from rayvaec.serve.wire import ARROW, AnswerStream, Form, cells_of, moments_as, rows_as
 
@@ -324,11 +324,10 @@ async def _collected(answers: AsyncGenerator[Part, None]) -> Part:
 
 def _same_model(facts: Mapping[str, Any], others: Mapping[str, Any]) -> Mapping[str, Any]:
     if facts["model_hash"] != others["model_hash"]:
-        raise RequestError(
+        raise ConflictError(
             f"the model changed from {facts['model_hash']} to {others['model_hash']} while the "
             "answer came",
             "ask again, for all cells to be drawn from one model",
-            *(409, "model_changed"),
         )
     return facts
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import httpx
 
 from rayvaec.client.refusals import TurnedAwayError
-from rayvaec.errors import RequestError
+from rayvaec.errors import RequestError, UnavailableError
 
 LONGEST_WAIT_S = 60.0
 _FIRST_WAIT_S = 0.25
@@ -105,10 +105,10 @@ class Attempts:
 
 
 def _unreachable(url: str, error: httpx.TransportError) -> RequestError:
-    return RequestError(
+    return UnavailableError(
         f"no answer from {url} ({error or type(error).__name__})",
         "check the address, and that the server runs: rayvaec serve MODEL",
-        *(503, "unreachable"),
+        error="unreachable",
     )
 
 

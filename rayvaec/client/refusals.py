@@ -52,9 +52,9 @@ async def check(reply: Reply) -> Reply:
     failure = RequestError(
         said.get("detail") or f"the server answers {reply.status} {reply.reason}",
         said.get("fix", ""),
-        reply.status,
-        said.get("error", "refused"),
-        said.get("request_id") or reply.headers.get("X-Request-ID", ""),
+        status=reply.status,
+        error=said.get("error", "refused"),
+        request_id=said.get("request_id") or reply.headers.get("X-Request-ID", ""),
     )
     # A 5xx without the endpoint's own body comes from the proxy before it: its replica is gone.
     if reply.status in (429, 503) or (reply.status >= 500 and not said):

@@ -23,6 +23,7 @@ from rayvaec.errors import (
     RayvaecError,
     RequestError,
     TimedOutError,
+    UnauthorizedError,
 )
 from rayvaec.serve.auth import TOKEN_VARIABLE, arrived_on_loopback, authorized
 from rayvaec.serve.concurrency import ConcurrencyLimiter
@@ -181,19 +182,17 @@ class Guard:
             return
         if self._token_digest is None:
             if not arrived_on_loopback(scope.get("server")):
-                raise RequestError(
+                raise UnauthorizedError(
                     "this endpoint has no token and answers connections to a loopback address only",
                     f"set {TOKEN_VARIABLE} on the server",
-                    *(401, "unauthorized"),
                 )
             return
         header = Headers(scope=scope).get("authorization")
         if not authorized(header, self._token_digest):
             problem = "no token" if header is None else "a wrong token"
-            raise RequestError(
+            raise UnauthorizedError(
                 f"the request has {problem}",
                 "send the header Authorization: Bearer TOKEN",
-                *(401, "unauthorized"),
             )
 
     @contextmanager
@@ -214,10 +213,9 @@ class Guard:
         except TimeoutError as error:
             if not clock.expired():
                 raise
-            raise RequestError(
+            raise TimedOutError(
                 f"no answer after {self._timeout_s:g} s",
                 "ask for less a request, or again when the server is less busy",
-                *(504, "timeout"),
             ) from error
         finally:
             answer.clock = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from rayvaec.errors import ConfigError, RequestError
+from rayvaec.errors import ConfigError, PayloadTooLargeError, UnprocessableError
 from rayvaec.serve.wire import ARROW, H5AD, JSON
 
 
@@ -103,19 +103,17 @@ def check_cost(
         413; it names the largest size that is allowed. 422 where there are no cells.
     """
     if n_cells < 1:
-        raise RequestError("the request has no cells", "send at least one", 422, "no_cells")
+        raise UnprocessableError("the request has no cells", "send at least one", error="no_cells")
     if n_cells > limits.max_cells:
-        raise RequestError(
+        raise PayloadTooLargeError(
             f"{n_cells:,} cells are above the largest number a request, {limits.max_cells:,}",
             "send several requests; draws are the same where cell_ids are given",
-            *(413, "too_large"),
         )
     if answer == H5AD and n_samples > limits.max_h5ad_layers:
-        raise RequestError(
+        raise PayloadTooLargeError(
             f"{n_samples:,} draws a cell would be as many layers, above the largest number, "
             f"{limits.max_h5ad_layers:,}",
             f"ask for fewer draws a request, or accept {ARROW}",
-            *(413, "too_large"),
         )
     cost, largest = n_cells * n_genes * n_samples, limits.max_cost
     advice = "send fewer cells or ask for fewer draws a request"
@@ -124,11 +122,10 @@ def check_cost(
         largest = held
         advice = f"{advice}, or accept {ARROW} for up to {limits.max_cost:,}"
     if cost > largest:
-        raise RequestError(
+        raise PayloadTooLargeError(
             f"cells * genes * n_samples is {n_cells:,} * {n_genes:,} * {n_samples:,} = {cost:,}, "
             f"above the largest allowed, {largest:,}",
             advice,
-            *(413, "too_large"),
         )
 
 
@@ -152,10 +149,9 @@ def check_dense(n_values: int, limits: Limits, answer: str) -> None:
     held = {JSON: ("JSON", limits.max_json_values), H5AD: ("h5ad", limits.max_h5ad_cost)}
     form, largest = held.get(answer, ("", n_values))
     if n_values > largest:
-        raise RequestError(
+        raise PayloadTooLargeError(
             f"the answer would hold {n_values:,} numbers, above the largest in {form}, {largest:,}",
             f"accept {ARROW}, send fewer cells or name out_genes",
-            *(413, "too_large"),
         )
 
 
@@ -177,9 +173,8 @@ def check_quantiles(n_genes: int, n_samples: int, limits: Limits) -> None:
         413; it names the largest size that is allowed.
     """
     if n_genes * n_samples > limits.max_quantile_draws:
-        raise RequestError(
+        raise PayloadTooLargeError(
             f"quantiles of {n_samples:,} draws of {n_genes:,} genes need {n_genes * n_samples:,} "
             f"draws of a cell, above the largest allowed, {limits.max_quantile_draws:,}",
             "ask for fewer draws or name out_genes",
-            *(413, "too_large"),
         )

@@ -16,7 +16,7 @@ from contextlib import suppress
 from threading import Lock
 from typing import Any, Protocol, TypeAlias
 
-from rayvaec.errors import RequestError
+from rayvaec.errors import RequestError, UnavailableError
 
 
 class Sized(Protocol):
@@ -33,7 +33,7 @@ _Waiting: TypeAlias = "tuple[Sized, asyncio.Future[Any]]"
 
 def stopping() -> RequestError:
     """Return what is said to those for whom no thread works any more."""
-    return RequestError("the server is stopping", "ask again", 503, "stopping")
+    return UnavailableError("the server is stopping", "ask again")
 
 
 class Merger:

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 import rayvaec
-from rayvaec.errors import RequestError
+from rayvaec.errors import MethodNotAllowedError, RequestError, UnprocessableError
 from rayvaec.serve import openapi
 from rayvaec.serve.bodies import Sent
 from rayvaec.serve.concurrency import ConcurrencyLimiter, Slot, read_body
@@ -274,20 +274,18 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
         allowed = (error.headers or {}).get("Allow", "") if isinstance(error, HTTPException) else ""
         if "GET" in allowed:
             allowed += ", HEAD"
-        problem = RequestError(
-            f"{request.method} is not allowed on {request.url.path}",
-            f"use {allowed}",
-            *(405, "method_not_allowed"),
+        wrong_method = MethodNotAllowedError(
+            f"{request.method} is not allowed on {request.url.path}", f"use {allowed}"
         )
-        return problem_response(problem, request.scope, Allow=allowed)
+        return problem_response(wrong_method, request.scope, Allow=allowed)
     names = list(request.app.state.services)
     fix = f"name a model: /v1/models/NAME/... of {', '.join(names)}" if names[1:] else "see /docs"
     problem = RequestError(
-        f"there is nothing at {request.url.path[:200]}", fix, status, "not_found"
+        f"there is nothing at {request.url.path[:200]}", fix, status=status, error="not_found"
     )
     return problem_response(problem, request.scope)
 
 
 async def _not_valid(request: Request, error: Exception) -> Response:
-    problem = RequestError(f"{error}"[:200], "see /docs", 422, "invalid_request")
+    problem = UnprocessableError(f"{error}"[:200], "see /docs")
     return problem_response(problem, request.scope)

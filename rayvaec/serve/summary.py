@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from rayvaec.data.names import choices
-from rayvaec.errors import RequestError
+from rayvaec.errors import NotFoundError, UnprocessableError
 from rayvaec.infer.trained import TrainedModel
 from rayvaec.model.summary import COUNT_EDGES, TrainingSummary
 
@@ -85,16 +85,15 @@ def summary_answer(
     """
     summary, registry = model.summary, model.registry
     if summary is None:
-        raise RequestError(
+        raise NotFoundError(
             "the model has no summary of its training data",
             "models that this version's `rayvaec train` finished have one",
-            *(404, "no_summary"),
+            error="no_summary",
         )
     if len(genes) > MOST_GENES:
-        raise RequestError(
+        raise UnprocessableError(
             f"{len(genes)} genes are above the most a request, {MOST_GENES}",
             "ask for fewer at a time",
-            *(422, "invalid_request"),
         )
     columns = [_position("gene", gene, registry.genes) for gene in genes]
     return SummaryAnswer(
@@ -134,10 +133,10 @@ def _profile(summary: TrainingSummary, label: str, labels: Sequence[str]) -> Pro
 
 def _position(what: str, name: str, known: Sequence[str]) -> int:
     if name not in known:
-        raise RequestError(
+        raise UnprocessableError(
             f"the model has no {what} {name[:60]!r}",
             f"its {what}s are {choices(name[:60], known)}",
-            *(422, f"unknown_{what}"),
+            error=f"unknown_{what}",
         )
     return known.index(name)
 

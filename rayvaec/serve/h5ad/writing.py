@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayvaec.data.registry import Registry
-from rayvaec.errors import RequestError
+from rayvaec.errors import UnprocessableError
 from rayvaec.infer.cells import Cells
 
 
@@ -55,10 +55,9 @@ def check_writable(about: Annotation) -> None:
     lists = [fact for fact in about.facts.values() if isinstance(fact, list)]
     for name in chain(about.names or (), *lists):
         if "\0" in str(name):
-            raise RequestError(
+            raise UnprocessableError(
                 f"the name {str(name)[:60]!r} has a NUL in it, which HDF5's strings cannot hold",
                 "name it otherwise, or take the answer as Arrow or JSON",
-                *(422, "invalid_request"),
             )
 
 

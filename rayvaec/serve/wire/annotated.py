@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rayvaec.errors import RequestError
+from rayvaec.errors import BrokenAnswerError
 from rayvaec.serve.wire.answers import DrawnRows
 from rayvaec.serve.wire.cells import RawCells
 
@@ -98,10 +98,9 @@ def rows_as(
     n_cells, n_samples = facts["n_cells"], facts["n_samples"]
     in_order = np.array_equal(rows.cells, np.repeat(np.arange(n_cells), n_samples))
     if not in_order or not np.array_equal(rows.samples, np.tile(np.arange(n_samples), n_cells)):
-        raise RequestError(
+        raise BrokenAnswerError(
             f"the answer's rows are not {n_cells} cells of {n_samples} draws in order",
             "use the same release of rayvaec on client and server",
-            *(502, "broken_answer"),
         )
     shape = (n_cells * n_samples, len(genes))
     every = sparse.csr_matrix((rows.counts, rows.indices, rows.indptr), shape=shape)
