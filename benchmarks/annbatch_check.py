@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from rayvaec.data.store import Store, open_store
+from rayvaec.data.store.open import Store, open_store
 from rayvaec.errors import RayvaecError
 
 

@@ -35,13 +35,14 @@ import numpy as np
 import torch
 from loader import write_store
 
-from rayvaec.data.store import open_store
-from rayvaec.infer import bulk, bulk_run, posterior
-from rayvaec.infer.ledger import RunState
-from rayvaec.infer.quantities import Moments
-from rayvaec.infer.regions import RegionWorker
-from rayvaec.infer.store_cells import StoreCells
-from rayvaec.infer.trained import TrainedModel, load_model
+from rayvaec.data.store.open import open_store
+from rayvaec.inference import posterior
+from rayvaec.inference.bulk import api, runner
+from rayvaec.inference.bulk.per_cell import Moments
+from rayvaec.inference.bulk.run_state import RunState
+from rayvaec.inference.bulk.worker import RegionWorker
+from rayvaec.inference.store_cells import StoreCells
+from rayvaec.inference.trained_model import TrainedModel, load_model
 from rayvaec.model.saved import save_model
 from rayvaec.model.vaec import VAEC
 
@@ -76,7 +77,7 @@ def run_bulk(verb: Callable[..., None], *arguments: Any, **options: Any) -> dict
         records.append(record)
         finish(self, stage, item, record)
 
-    bulk_run.RegionWorker, RunState.finish = Timed, noted  # type: ignore[misc, method-assign]
+    runner.RegionWorker, RunState.finish = Timed, noted  # type: ignore[misc, method-assign]
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         verb(*arguments[:2], Path(folder) / "out.zarr", *arguments[2:], num_workers=2, **options)
@@ -189,7 +190,7 @@ def measure(options: Namespace, folder: Path) -> None:
     if "latent" in options.only:
         ours = compared(
             *("bulk_latent", options.n_cells, lambda part: posterior.latent(module, part), some),
-            *(bulk.embed_store, *paths),
+            *(api.embed_store, *paths),
         )
         peer = scvi_latent(some, model.registry)
         line(
@@ -203,24 +204,24 @@ def measure(options: Namespace, folder: Path) -> None:
         compared(
             *("bulk_expression_by_label", options.n_cells),
             *(lambda part: posterior.expression(module, part), [some[0].part(0, 4096)]),
-            *(bulk.expression_store, *paths),
+            *(api.expression_store, *paths),
             by_label=True,
         )
     if "moments" in options.only:
         moments = Moments(draws, 0, reduce)
         compared(
             *("bulk_moments", options.few_cells, lambda part: moments.values(module, part)),
-            *([some[0].part(0, 2048)], bulk.sample_store, paths[0], few, draws),
+            *([some[0].part(0, 2048)], api.sample_store, paths[0], few, draws),
             reduce=reduce,
         )
     if "draws" in options.only:
         compared(
             *("bulk_draws", options.few_cells),
             *(lambda part: posterior.draw(module, part, draws, 0), [some[0].part(0, 2048)]),
-            *(bulk.sample_store, paths[0], few, draws),
+            *(api.sample_store, paths[0], few, draws),
         )
     if "memory" in options.only:
-        sizes = [run_bulk(bulk.embed_store, paths[0], path)["worker_mib"] for path in (few, store)]
+        sizes = [run_bulk(api.embed_store, paths[0], path)["worker_mib"] for path in (few, store)]
         numbers = {"few_cells": options.few_cells, "n_cells": options.n_cells}
         line("bulk_worker_memory", sizes[1], sizes[0], "MiB, all cells against few", numbers)
 

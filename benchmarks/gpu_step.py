@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from train_step import DENSITY, N_LABELS, Cells, simulate
 
-from rayvaec.data.loader import prefetched
-from rayvaec.data.window import Minibatch
+from rayvaec.data.loading.loader import prefetched
+from rayvaec.data.loading.shuffle_buffer import Minibatch
 from rayvaec.model.vaec import VAEC
-from rayvaec.train import device_steps
-from rayvaec.train.config import TrainConfig
-from rayvaec.train.device_steps import DeviceSteps
-from rayvaec.train.ranks import Ranks
-from rayvaec.train.staging import Block, StepNumbers
+from rayvaec.training.backends import cuda
+from rayvaec.training.backends.cuda import DeviceSteps
+from rayvaec.training.backends.host_to_device import Block, StepNumbers
+from rayvaec.training.config import TrainConfig
+from rayvaec.training.distributed.process_group import Ranks
 
 WARM_STEPS = 12
 
@@ -89,14 +89,14 @@ def measure(
 ) -> Iterator[dict[str, object]]:
     """Yield the figures of one size, from steps of either kind in turn."""
     device = torch.device("cuda", 0)
-    eager_steps = device_steps.EAGER_STEPS
+    eager_steps = cuda.EAGER_STEPS
     for precision in ("highest", "high"):
         torch.set_float32_matmul_precision(precision)
         times: dict[str, list[float]] = {"graph": [], "one by one": []}
         for _, kind in itertools.product(range(rounds), times):
-            device_steps.EAGER_STEPS = eager_steps if kind == "graph" else 2**62
+            cuda.EAGER_STEPS = eager_steps if kind == "graph" else 2**62
             times[kind].append(seconds_a_step(steps_of(cells, device), cells, batch_size, n_steps))
-        device_steps.EAGER_STEPS = eager_steps
+        cuda.EAGER_STEPS = eager_steps
         rate = {kind: batch_size / statistics.median(found) for kind, found in times.items()}
         yield {
             "name": f"gpu_step_{cells.n_genes}_genes_minibatch_{batch_size}",

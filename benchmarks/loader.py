@@ -28,12 +28,17 @@ import numcodecs.blosc
 import numpy as np
 import zarr
 
-from rayvaec.data.lanes import LanePlan
-from rayvaec.data.loader import Loader
-from rayvaec.data.manifest import Manifest
-from rayvaec.data.partition import CountsDtypes, PartitionCells, write_manifest, write_partition
+from rayvaec.data.loading.loader import Loader
+from rayvaec.data.loading.sampler import LanePlan
+from rayvaec.data.prepare.partitions import (
+    CountsDtypes,
+    PartitionCells,
+    write_manifest,
+    write_partition,
+)
 from rayvaec.data.registry import Registry
-from rayvaec.data.store import Store, open_store
+from rayvaec.data.store.manifest import Manifest
+from rayvaec.data.store.open import Store, open_store
 
 LANES, BLOCK_ROWS, BUFFER_ROWS = 16, 256, 16384
 

@@ -24,7 +24,7 @@ import pandas as pd
 from anndata.io import write_elem
 from scipy import sparse
 
-from rayvaec.data.budget import machine_memory, parse_bytes
+from rayvaec.data.prepare.memory import machine_memory, parse_bytes
 
 BLOCK = 10_000
 

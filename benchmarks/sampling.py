@@ -20,7 +20,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from rayvaec.kernels.keys import position_keys
+from rayvaec.kernels.rng import position_keys
 from rayvaec.model.draws import KeyedRows, draw_rows
 from rayvaec.model.vaec import VAEC
 

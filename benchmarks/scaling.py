@@ -237,13 +237,13 @@ def _in_process(store: Path, work: Path, batch_size: int) -> dict[str, Any]:
     """Time the loader alone, validation and a checkpoint, with one thread."""
     import torch
 
-    from rayvaec.data.loader import Loader
-    from rayvaec.data.store import open_store
-    from rayvaec.train.checkpoint import RunState, write_checkpoint
-    from rayvaec.train.config import TrainConfig
-    from rayvaec.train.ranks import Ranks
-    from rayvaec.train.replica import build_module
-    from rayvaec.train.validation import validation_elbo
+    from rayvaec.data.loading.loader import Loader
+    from rayvaec.data.store.open import open_store
+    from rayvaec.training.checkpoint import RunState, write_checkpoint
+    from rayvaec.training.config import TrainConfig
+    from rayvaec.training.distributed.process_group import Ranks
+    from rayvaec.training.objective import build_module
+    from rayvaec.training.validation import validation_elbo
 
     torch.set_num_threads(1)
     opened = open_store(store)
@@ -284,7 +284,7 @@ def _seconds(work: Any) -> float:
 def _constants(options: argparse.Namespace) -> Constants:
     if options.constants is not None:
         return Constants(**json.loads(options.constants.read_text())["constants"])
-    from rayvaec.data.simulate import write_atlas
+    from rayvaec.datasets import write_atlas
 
     with tempfile.TemporaryDirectory(prefix="rayvaec-scaling-") as folder:
         work = Path(folder)

@@ -37,14 +37,15 @@ from sampling import N_LABELS, build
 from scipy import sparse
 
 from rayvaec.client import Client
+from rayvaec.client.anndata_io import cells_of
 from rayvaec.data.registry import Registry
-from rayvaec.infer import posterior
-from rayvaec.infer.cells import Cells
-from rayvaec.infer.trained import TrainedModel, load_model
-from rayvaec.kernels.keys import cell_keys
+from rayvaec.inference import posterior
+from rayvaec.inference.cells import Cells
+from rayvaec.inference.trained_model import TrainedModel, load_model
+from rayvaec.kernels.rng import cell_keys
 from rayvaec.model.saved import save_model
-from rayvaec.serve.wire import ARROW, JSON, AnswerStream, cells_of, encode_cells
-from rayvaec.serve.work import windows
+from rayvaec.protocol import ARROW, JSON, AnswerStream, encode_cells
+from rayvaec.serving.engine.jobs import windows
 
 N_GENES, DENSITY = 2000, 0.07
 CASES = {"small": (1, 1), "medium": (64, 10), "large": (1000, 100)}

@@ -16,11 +16,16 @@ from pathlib import Path
 
 import numpy as np
 
-from rayvaec.data.loader import Loader
-from rayvaec.data.manifest import Manifest
-from rayvaec.data.partition import CountsDtypes, PartitionCells, write_manifest, write_partition
+from rayvaec.data.loading.loader import Loader
+from rayvaec.data.prepare.partitions import (
+    CountsDtypes,
+    PartitionCells,
+    write_manifest,
+    write_partition,
+)
 from rayvaec.data.registry import Registry
-from rayvaec.data.store import open_store
+from rayvaec.data.store.manifest import Manifest
+from rayvaec.data.store.open import open_store
 
 
 def write_store(folder: Path, labels: np.ndarray, n_labels: int) -> None:

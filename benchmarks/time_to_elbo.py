@@ -42,13 +42,13 @@ import pandas as pd
 import torch
 from scipy import sparse
 
-from rayvaec.data.simulate import simulate
-from rayvaec.data.store import Store, open_store
-from rayvaec.infer.trained import TrainedModel, load_model
-from rayvaec.kernels.keys import normal_noise, position_keys
+from rayvaec.data.store.open import Store, open_store
+from rayvaec.datasets import simulate
+from rayvaec.inference.trained_model import TrainedModel, load_model
 from rayvaec.kernels.nb_sample import draw_counts
-from rayvaec.model.scvi import import_condscvi, import_model
-from rayvaec.train.metrics import read_epochs
+from rayvaec.kernels.rng import normal_noise, position_keys
+from rayvaec.model.scvi.importer import import_condscvi, import_model
+from rayvaec.training.records import read_epochs
 
 if TYPE_CHECKING:
     from anndata import AnnData

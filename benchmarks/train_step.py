@@ -23,12 +23,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rayvaec.kernels.csr import CsrCounts
-from rayvaec.kernels.keys import position_keys
+from rayvaec.kernels.counts import CsrCounts
 from rayvaec.kernels.nb_sample import draw_counts
+from rayvaec.kernels.rng import position_keys
 from rayvaec.kernels.threads import single_threaded_torch
 from rayvaec.model.vaec import VAEC
-from rayvaec.train.noise import CellNoise
+from rayvaec.training.noise import CellNoise
 
 CLOCK = time.perf_counter
 N_LABELS = 8

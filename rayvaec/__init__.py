@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rayvaec.infer.trained import TrainedModel, load_model
+    from rayvaec.inference.trained_model import TrainedModel, load_model
 
 __version__ = version("rayvaec")
 __all__ = ["TrainedModel", "__version__", "load_model"]
@@ -15,9 +15,9 @@ __all__ = ["TrainedModel", "__version__", "load_model"]
 def __getattr__(name: str) -> Any:
     # Loaded on first use, so that `rayvaec.client` and `--help` import neither torch nor ray.
     if name in ("TrainedModel", "load_model"):
-        from rayvaec.infer import trained
+        from rayvaec.inference import trained_model
 
-        return getattr(trained, name)
+        return getattr(trained_model, name)
     raise AttributeError(f"module 'rayvaec' has no attribute {name!r}")
 
 

@@ -17,7 +17,7 @@ from typing import NoReturn
 import rayvaec
 from rayvaec.commands import bridge, check, data, demo, infer, serve, train
 from rayvaec.errors import RayvaecError
-from rayvaec.messages import flags_in_messages
+from rayvaec.option_names import flags_in_messages
 
 
 class _Parser(argparse.ArgumentParser):

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from rayvaec.client import Client
-from rayvaec.data.lock import WriteLock
 from rayvaec.errors import RayvaecError
-from rayvaec.files import check_free, check_suffix, remove
+from rayvaec.util.atomic import check_free, check_suffix, remove
+from rayvaec.util.lock import WriteLock
 
 SERVER_STOP_S = 120
 
@@ -93,7 +93,7 @@ def _compare(store: str, drawn: str) -> None:
     """Say how well the draws' mean of each label and gene follows the data's."""
     import anndata
 
-    from rayvaec.data.store import open_store
+    from rayvaec.data.store.open import open_store
 
     opened = open_store(store)
     observed = np.zeros((len(opened.registry.labels), len(opened.registry.genes)))

@@ -26,7 +26,7 @@
 
 from __future__ import annotations
 
-from rayvaec.messages import addressed
+from rayvaec.option_names import addressed
 
 
 class RayvaecError(Exception):
@@ -36,7 +36,7 @@ class RayvaecError(Exception):
     ----------
     detail : str
         What is wrong, the offending value, and where it stands; no full stop at the end. Options
-        are named by their flags, see `rayvaec.messages`.
+        are named by their flags, see `rayvaec.option_names`.
     fix : str
         What the user can do about it; likewise.
     """

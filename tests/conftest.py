@@ -47,7 +47,7 @@ def ray_local() -> Iterator[None]:
     """One local Ray with two CPUs for the whole test session."""
     import ray
 
-    from rayvaec.runtime import require_token
+    from rayvaec.cluster import require_token
 
     require_token()
     ray.init(
@@ -65,7 +65,7 @@ def ray_local() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def atlas_h5ad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A simulated atlas: 1,200 cells, 120 genes, 4 labels."""
-    from rayvaec.data.simulate import simulate
+    from rayvaec.datasets import simulate
 
     path = tmp_path_factory.mktemp("atlas") / "atlas.h5ad"
     simulate(n_cells=1200, n_genes=120, n_labels=4, seed=0).write_h5ad(path)
@@ -75,7 +75,7 @@ def atlas_h5ad(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def store_path(atlas_h5ad: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The store prepared from `atlas_h5ad`."""
-    from rayvaec.data.build import PrepareConfig, prepare
+    from rayvaec.data.prepare.pipeline import PrepareConfig, prepare
 
     path = tmp_path_factory.mktemp("store") / "store"
     prepare([atlas_h5ad], path, PrepareConfig(labels_key="cell_type"))
@@ -87,7 +87,7 @@ def model_path(store_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """A saved model of the genes and labels of `store_path`, with start values from its counts."""
     import torch
 
-    from rayvaec.data.store import open_store
+    from rayvaec.data.store.open import open_store
     from rayvaec.model.saved import save_model
     from rayvaec.model.vaec import VAEC
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rayvaec.cli import build_parser, main, verbs_of
-from rayvaec.infer.trained import load_model
+from rayvaec.inference.trained_model import load_model
 
 
 @pytest.fixture
@@ -284,12 +284,12 @@ def test_debug_shows_where(run, tmp_path):
 
 
 def test_an_unexpected_failure_has_exit_code_1(run, tmp_path, monkeypatch):
-    from rayvaec.data import simulate
+    from rayvaec import datasets
 
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(simulate, "write_atlas", fail)
+    monkeypatch.setattr(datasets, "write_atlas", fail)
     code, _, err = run("simulate", "--out", tmp_path / "atlas.h5ad")
     assert code == 1
     assert "No space left on device" in err
@@ -304,8 +304,8 @@ def test_a_command_leaves_the_logging_of_its_process_as_it_was(run, model_path):
 
 
 def test_a_termination_cleans_up(run, tmp_path, monkeypatch):
-    from rayvaec.data import simulate
-    from rayvaec.files import whole_output
+    from rayvaec import datasets
+    from rayvaec.util.atomic import whole_output
 
     def terminated(out, **_):
         with whole_output(out) as partial:
@@ -314,7 +314,7 @@ def test_a_termination_cleans_up(run, tmp_path, monkeypatch):
             time.sleep(10)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(simulate, "write_atlas", terminated)
+    monkeypatch.setattr(datasets, "write_atlas", terminated)
     code, _, err = run("simulate", "--out", tmp_path / "atlas.h5ad")
     assert code == 130
     assert "interrupted" in err

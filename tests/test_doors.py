@@ -15,14 +15,14 @@ import zarr
 from anndata.io import write_elem
 from odd_inputs import GENES, KEY, N_CELLS, ODD, make_cells, make_counts, write_odd
 
-from rayvaec.data.append import append_config
-from rayvaec.data.build import PrepareConfig, prepare
 from rayvaec.data.inputs.obs import ObsKeys
-from rayvaec.data.store import Store, open_store
+from rayvaec.data.prepare.append import append_config
+from rayvaec.data.prepare.pipeline import PrepareConfig, prepare
+from rayvaec.data.store.open import Store, open_store
 from rayvaec.errors import CountsError, RayvaecError, RequestError
-from rayvaec.serve.h5ad.reading import Columns, read_cells
-from rayvaec.serve.h5ad.sandbox import Sandbox
-from rayvaec.serve.wire import encode_cells
+from rayvaec.protocol import encode_cells
+from rayvaec.serving.decoding.h5ad.reader import Columns, read_cells
+from rayvaec.serving.decoding.h5ad.sandbox import Sandbox
 
 MEGABYTE = 2**20
 Found = dict[str, tuple[str, tuple[int, ...]]]

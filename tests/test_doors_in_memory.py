@@ -16,17 +16,17 @@ import pytest
 from odd_inputs import GENES, KEY, N_CELLS, ODD, Odd, make_cells, make_counts, write_odd
 from scipy import sparse
 
+from rayvaec.client.anndata_io import cells_of
 from rayvaec.data.registry import Registry
 from rayvaec.errors import RayvaecError
-from rayvaec.infer.trained import TrainedModel
+from rayvaec.inference.trained_model import TrainedModel
 from rayvaec.model.saved import read_model, save_model
 from rayvaec.model.vaec import VAEC
-from rayvaec.serve.bodies import Sent, unpack
-from rayvaec.serve.h5ad.sandbox import Sandbox
-from rayvaec.serve.limits import Limits
-from rayvaec.serve.requests import sample_task
-from rayvaec.serve.wire import ARROW, H5AD, JSON, RawCells, encode_cells
-from rayvaec.serve.wire.annotated import cells_of
+from rayvaec.protocol import ARROW, H5AD, JSON, RawCells, encode_cells
+from rayvaec.serving.decoding.bodies import Sent, unpack
+from rayvaec.serving.decoding.h5ad.sandbox import Sandbox
+from rayvaec.serving.decoding.parsing import sample_task
+from rayvaec.serving.middleware.limits import Limits
 
 Found = dict[str, tuple[str, tuple[int, ...]]]
 """Label and counts of each cell, by its name."""

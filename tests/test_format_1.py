@@ -27,7 +27,7 @@ import rayvaec
 from rayvaec.cli import main
 from rayvaec.data import Loader, open_store
 from rayvaec.model.saved import read_model
-from rayvaec.train.metrics import read_epochs
+from rayvaec.training.records import read_epochs
 
 RUNS = ("run", "run_softmax")
 FORMAT = Path(__file__).parent / "fixtures" / "format_1.tar.gz"

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 import rayvaec
-from rayvaec.data.simulate import simulate
-from rayvaec.data.store import open_store
+from rayvaec.data.store.open import open_store
+from rayvaec.datasets import simulate
 from rayvaec.model.saved import read_model, save_model
-from rayvaec.model.scvi import export_condscvi, import_condscvi
-from rayvaec.train.config import TrainConfig
-from rayvaec.train.replica import build_module
+from rayvaec.model.scvi.importer import export_condscvi, import_condscvi
+from rayvaec.training.config import TrainConfig
+from rayvaec.training.objective import build_module
 
 SETTINGS = (
     torch.get_default_dtype,
@@ -124,10 +124,10 @@ def state():
             torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()]
 before = state()
 import rayvaec
-from rayvaec.infer import bulk, trained
-from rayvaec.serve import service
-from rayvaec.train import loop, worker
-rayvaec.load_model, rayvaec.train
+from rayvaec.inference import bulk, trained
+from rayvaec.serving import service
+from rayvaec.training import loop, worker
+rayvaec.load_model, rayvaec.training
 {change or "pass"}
 sys.exit(state() != before)
 """

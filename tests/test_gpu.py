@@ -27,9 +27,10 @@ from every_function import FORMS, Case, World, cases, outline
 
 from rayvaec.client import Client
 from rayvaec.errors import ConfigError, ModelError
-from rayvaec.infer import likelihood, normalized, posterior
-from rayvaec.infer.trained import load_model
-from rayvaec.kernels.keys import position_keys
+from rayvaec.inference import posterior
+from rayvaec.inference.analyses import marginal_likelihood, normalized_expression
+from rayvaec.inference.trained_model import load_model
+from rayvaec.kernels.rng import position_keys
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,15 +64,17 @@ def test_every_function_computes_on_a_gpu(case: Case, form: str, tmp_path: Path)
 def test_results_in_process_are_those_of_a_cpu(form: str, tmp_path: Path) -> None:
     world = World(tmp_path, form)
     module, cells = world.module, world.cells
-    wanted = normalized.Wanted(2, 1, library_size="latent", genes=np.array([5, 2]), average=False)
+    wanted = normalized_expression.Wanted(
+        2, 1, library_size="latent", genes=np.array([5, 2]), average=False
+    )
 
     def results() -> list[np.ndarray]:
         return [
             *posterior.latent(module, cells),
             posterior.expression(module, cells),
             *posterior.bound_terms(module, cells, 1),
-            likelihood.marginal_ll(module, cells, 40, 1),
-            normalized.normalized_expression(module, cells, wanted),
+            marginal_likelihood.marginal_ll(module, cells, 40, 1),
+            normalized_expression.normalized_expression(module, cells, wanted),
             world.model.get_latent_representation(world.adata, give_mean=False),
         ]
 
@@ -172,7 +175,7 @@ def same_adata(expected: anndata.AnnData, found: anndata.AnnData) -> None:
 @pytest.fixture(scope="module")
 def url(model_path: Path) -> Iterator[str]:
     """An endpoint whose replica has a GPU."""
-    from rayvaec.serve.app import check_port
+    from rayvaec.serving.deployment import check_port
 
     port = check_port("127.0.0.1", 0)
     environment = {name: value for name, value in os.environ.items() if name != "RAYVAEC_TOKEN"}

@@ -54,7 +54,7 @@ HOLDS = """
 import sys, time
 from pathlib import Path
 from typing import Any
-from rayvaec.data.lock import WriteLock
+from rayvaec.util.lock import WriteLock
 with WriteLock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

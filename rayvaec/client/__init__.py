@@ -15,7 +15,7 @@ server's limits can be sent as several, and one whose answer broke off be taken 
 
 from __future__ import annotations
 
-from rayvaec.client.asking import AsyncClient
-from rayvaec.client.blocking import Client
+from rayvaec.client.async_client import AsyncClient
+from rayvaec.client.sync_client import Client
 
 __all__ = ["AsyncClient", "Client"]

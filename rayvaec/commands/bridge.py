@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from rayvaec.commands.options import Verbs, add_out
-from rayvaec.files import check_suffix
+from rayvaec.util.atomic import check_suffix
 
 
 def add_bridge(verbs: Verbs) -> None:
@@ -26,9 +26,9 @@ def add_bridge(verbs: Verbs) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    from rayvaec.data.lock import WriteLock
-    from rayvaec.infer.trained import load_model
-    from rayvaec.model.scvi import import_model
+    from rayvaec.inference.trained_model import load_model
+    from rayvaec.model.scvi.importer import import_model
+    from rayvaec.util.lock import WriteLock
 
     check_suffix(arguments.out)
     with WriteLock(arguments.out):
@@ -38,8 +38,8 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from rayvaec.data.lock import WriteLock
-    from rayvaec.model.scvi import export_condscvi
+    from rayvaec.model.scvi.importer import export_condscvi
+    from rayvaec.util.lock import WriteLock
 
     check_suffix(arguments.out)
     with WriteLock(arguments.out):

@@ -36,9 +36,9 @@ def add_check(verbs: Verbs) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from rayvaec.infer.check.config import CheckConfig, parse_thresholds
-    from rayvaec.infer.check.figures import FIGURES
-    from rayvaec.infer.check.run import check_store, fail_below
+    from rayvaec.inference.ppc.config import CheckConfig, parse_thresholds
+    from rayvaec.inference.ppc.metrics import FIGURES
+    from rayvaec.inference.ppc.run import check_store, fail_below
 
     config = CheckConfig(
         n_samples=arguments.n_samples,

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from rayvaec.commands.options import Verbs, add_out
 from rayvaec.errors import ConfigError, StoreError
-from rayvaec.location import Url, location
+from rayvaec.util.location import Url, location
 
 if TYPE_CHECKING:
-    from rayvaec.data.prepare_config import PrepareConfig
+    from rayvaec.data.prepare.config import PrepareConfig
 
 
 def add_simulate(verbs: Verbs) -> None:
@@ -26,7 +26,7 @@ def add_simulate(verbs: Verbs) -> None:
 
 
 def _simulate(arguments: argparse.Namespace) -> None:
-    from rayvaec.data.simulate import write_atlas
+    from rayvaec.datasets import write_atlas
 
     write_atlas(
         arguments.out,
@@ -94,9 +94,9 @@ def add_prepare(verbs: Verbs) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from rayvaec.data.build import prepare
-    from rayvaec.data.describe import describe_store
-    from rayvaec.data.store import open_store
+    from rayvaec.data.prepare.pipeline import prepare
+    from rayvaec.data.store.describe import describe_store
+    from rayvaec.data.store.open import open_store
 
     prepare(
         arguments.inputs,
@@ -112,7 +112,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 def _prepare_config(arguments: argparse.Namespace) -> PrepareConfig:
     """Return what the options say, and the configuration's own defaults for the others."""
-    from rayvaec.data.prepare_config import PrepareConfig
+    from rayvaec.data.prepare.config import PrepareConfig
 
     if arguments.labels_key is None:
         raise ConfigError("--labels-key is missing", "name the obs column of cell types")
@@ -129,7 +129,7 @@ def _prepare_config(arguments: argparse.Namespace) -> PrepareConfig:
 
 def _append_config(arguments: argparse.Namespace) -> PrepareConfig:
     """Return how the store was written, with what may differ for the new cells."""
-    from rayvaec.data.append import append_config
+    from rayvaec.data.prepare.append import append_config
 
     for name in ("n_top_genes", "val_fraction", "seed", "codec"):
         if getattr(arguments, name) is not None:
@@ -147,7 +147,7 @@ def _append_config(arguments: argparse.Namespace) -> PrepareConfig:
 
 
 def _memory(arguments: argparse.Namespace) -> int | None:
-    from rayvaec.data.budget import parse_bytes
+    from rayvaec.data.prepare.memory import parse_bytes
 
     return None if arguments.memory is None else parse_bytes(arguments.memory)
 
@@ -163,8 +163,8 @@ def add_inspect(verbs: Verbs) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     path = location(arguments.path)
     if isinstance(path, Url) or _is_zarr(path):
-        from rayvaec.data.describe import describe_foreign, describe_store
-        from rayvaec.data.store import is_foreign, open_store
+        from rayvaec.data.store.describe import describe_foreign, describe_store
+        from rayvaec.data.store.open import is_foreign, open_store
 
         if is_foreign(path) and not arguments.verify:
             print(describe_foreign(path))
@@ -175,12 +175,12 @@ def _inspect(arguments: argparse.Namespace) -> None:
             store.verify()
             print("every checksum is right")
     elif (path / "model.safetensors").exists():
-        from rayvaec.infer.trained import load_model
+        from rayvaec.inference.trained_model import load_model
 
         print(load_model(path).describe())
     elif (path / "run.json").exists():
-        from rayvaec.train.curves import draw_curves
-        from rayvaec.train.report import describe_run
+        from rayvaec.training.monitor.console import describe_run
+        from rayvaec.training.monitor.curves import draw_curves
 
         print(describe_run(path))
         curves = draw_curves(path)

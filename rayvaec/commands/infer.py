@@ -107,8 +107,8 @@ _COMPARISON = ("delta", "fdr", "n_samples", "batch_correction", "seed")
 
 
 def _bulk(arguments: argparse.Namespace) -> None:
-    from rayvaec.infer import bulk
-    from rayvaec.infer.differential import Comparison
+    from rayvaec.inference.analyses.differential import Comparison
+    from rayvaec.inference.bulk import api
 
     options = dict(vars(arguments))
     for name in ("verb", "run", "debug"):
@@ -118,13 +118,13 @@ def _bulk(arguments: argparse.Namespace) -> None:
     if arguments.verb == "de":
         options["how"] = Comparison(**{name: options.pop(name) for name in _COMPARISON})
     verbs: dict[str, Callable[..., None]] = {
-        "sample": bulk.sample_store,
-        "embed": bulk.embed_store,
-        "expression": bulk.expression_store,
-        "elbo": bulk.elbo_store,
-        "marginal-ll": bulk.marginal_ll_store,
-        "de": bulk.differential_expression_store,
-        "vamp-prior": bulk.vamp_prior_store,
+        "sample": api.sample_store,
+        "embed": api.embed_store,
+        "expression": api.expression_store,
+        "elbo": api.elbo_store,
+        "marginal-ll": api.marginal_ll_store,
+        "de": api.differential_expression_store,
+        "vamp-prior": api.vamp_prior_store,
     }
     verbs[arguments.verb](model, store, out, **options)
     print(f"wrote {out}; read it with {_READ_WITH[out.suffix.lower()]}")

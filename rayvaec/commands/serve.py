@@ -40,8 +40,8 @@ def add_serve(verbs: Verbs) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    from rayvaec.serve.app import run
-    from rayvaec.serve.models import named_models
+    from rayvaec.serving.deployment import run
+    from rayvaec.serving.model_names import named_models
 
     run(
         named_models(arguments.models),

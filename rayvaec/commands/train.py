@@ -10,7 +10,7 @@ from rayvaec.commands.options import Verbs, add_layer, add_out
 
 def add_train(verbs: Verbs) -> None:
     """Add the verb to the parser."""
-    from rayvaec.train.config import TrainConfig
+    from rayvaec.training.config import TrainConfig
 
     defaults = TrainConfig().to_json()
     about = "\n".join(
@@ -54,7 +54,7 @@ def add_train(verbs: Verbs) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from rayvaec.train.config import TrainConfig
+    from rayvaec.training.config import TrainConfig
 
     out: Path = arguments.out
     flags = ("max_epochs", "batch_size", "num_workers", "seed", "use_gpu")
@@ -65,9 +65,9 @@ def _train(arguments: argparse.Namespace) -> None:
         **{name: getattr(arguments, name) for name in flags},
     )
     # Only now: they import Ray and torch, which takes long.
-    from rayvaec.train.report import stopped_text
-    from rayvaec.train.run import read_config
-    from rayvaec.train.trainer import train
+    from rayvaec.training.driver.trainer import train
+    from rayvaec.training.monitor.console import stopped_text
+    from rayvaec.training.run_dir import read_config
 
     result = train(
         arguments.store,

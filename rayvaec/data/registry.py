@@ -15,8 +15,14 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rayvaec.data.names import cell_at, choices, is_missing, missing_values, refuse_duplicates
 from rayvaec.errors import CountsError
+from rayvaec.util.messages import (
+    cell_at,
+    choices,
+    is_missing,
+    missing_values,
+    refuse_duplicates,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData

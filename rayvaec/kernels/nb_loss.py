@@ -29,9 +29,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from rayvaec.errors import ConfigError
-from rayvaec.kernels import nb_loss_cpu, nb_loss_torch
-from rayvaec.kernels.csr import CsrCounts
-from rayvaec.kernels.nb_loss_terms import RATE_FLOOR, Gradients, Inputs, with_row_bias
+from rayvaec.kernels.counts import CsrCounts
+from rayvaec.kernels.cpu import nb_loss as nb_loss_cpu
+from rayvaec.kernels.gpu import nb_loss as nb_loss_torch
+from rayvaec.kernels.nb_loss_types import RATE_FLOOR, Gradients, Inputs, with_row_bias
 
 __all__ = ["RATE_FLOOR", "VERSIONS", "nb_reconstruction"]
 

@@ -1,7 +1,7 @@
 """Exact negative-binomial draws, each row from its own random stream, straight into CSR.
 
-Rows go in blocks of a fixed number, each in one thread; `rayvaec.kernels.nb_sweep` says how a block
-is drawn.
+Rows go in blocks of a fixed number, each in one thread; `rayvaec.kernels.cpu.nb_sweep` says how a
+block is drawn.
 """
 
 from __future__ import annotations
@@ -15,17 +15,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rayvaec.errors import ConfigError
-from rayvaec.kernels.gene_tables import GeneTables, gene_tables, refusal
-from rayvaec.kernels.keys import Streams, check_streams
-from rayvaec.kernels.nb_sweep import (
-    SPAN,
-    Walk,
-    copy_entries,
-    draw_genes,
-    new_walk,
-    start_rows,
-)
-from rayvaec.kernels.nb_walk import LANES
+from rayvaec.kernels.cpu.gene_tables import GeneTables, gene_tables, refusal
+from rayvaec.kernels.cpu.nb_sweep import SPAN, Walk, copy_entries, draw_genes, new_walk, start_rows
+from rayvaec.kernels.cpu.nb_walk import LANES
+from rayvaec.kernels.rng import Streams, check_streams
 from rayvaec.kernels.threads import run_all, spans, threads_for
 
 TILE_GENES = 4 * SPAN

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rayvaec.kernels import transfer
-from rayvaec.kernels.decoded_draws import draw_decoded
-from rayvaec.kernels.keys import normal_noise, position_keys
+from rayvaec.kernels.cpu.decoded_draws import draw_decoded
 from rayvaec.kernels.nb_sample import Draws, draw_counts, join_rows
+from rayvaec.kernels.rng import normal_noise, position_keys
 from rayvaec.kernels.threads import run_all, thread_count
 from rayvaec.model.precision import in_working_precision
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rayvaec.kernels import transfer
-from rayvaec.kernels.csr import CsrCounts
+from rayvaec.kernels.counts import CsrCounts
 
 
 class CellRows(Protocol):

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.nn import functional
 
-from rayvaec.kernels.csr import CsrCounts
-from rayvaec.kernels.hidden_layers import Layer, hidden_layers
-from rayvaec.kernels.latent import Heads, draw_latent
-from rayvaec.kernels.sparse_linear import sparse_linear
+from rayvaec.kernels.counts import CsrCounts
+from rayvaec.kernels.cpu.hidden_layers import Layer, hidden_layers
+from rayvaec.kernels.cpu.latent import Heads, draw_latent
+from rayvaec.kernels.cpu.sparse_linear import sparse_linear
 
 VARIANCE_FLOOR = 1e-4
 """Added to every posterior variance, as in scvi-tools' ``Encoder(var_eps=1e-4)``."""
@@ -309,7 +309,7 @@ class Encoder(nn.Module):
         x, *categories, log1p, beside
             As in `FCLayers.forward_csr`.
         noise, factor
-            As in `rayvaec.kernels.latent.draw_latent`.
+            As in `rayvaec.kernels.cpu.latent.draw_latent`.
 
         Returns
         -------

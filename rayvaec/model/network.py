@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from rayvaec.errors import ModelError
-from rayvaec.kernels.csr import CsrCounts
+from rayvaec.kernels.counts import CsrCounts
 from rayvaec.kernels.nb_loss import nb_reconstruction
 from rayvaec.model.config import VAECConfig
 from rayvaec.model.distributions import NegativeBinomial

@@ -22,11 +22,11 @@ import torch
 from safetensors.torch import load_file, save
 
 from rayvaec.errors import ModelError, RayvaecError
-from rayvaec.files import whole_output, write_json
 from rayvaec.model.config import VAECConfig
-from rayvaec.model.forms import fill, form_of, without_memory
-from rayvaec.model.summary import TrainingSummary, read_summary
+from rayvaec.model.scvi.versions import fill, form_of, without_memory
+from rayvaec.model.training_summary import TrainingSummary, read_summary
 from rayvaec.model.vaec import VAEC
+from rayvaec.util.atomic import whole_output, write_json
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, REGISTRY, PROVENANCE = (

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from rayvaec.kernels.csr import CsrCounts
+from rayvaec.kernels.counts import CsrCounts
 from rayvaec.model.losses import MIXTURE_DRAWS, LossOutput
 from rayvaec.model.network import VAECNetwork
 from rayvaec.model.precision import working_precision

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from rayvaec.model.saved import read_model
-from rayvaec.train.checkpoint import newest_checkpoint
-from rayvaec.train.metrics import read_attempts, read_epochs, read_records
+from rayvaec.training.checkpoint import newest_checkpoint
+from rayvaec.training.records import read_attempts, read_epochs, read_records
 
 SETTINGS = {
     "max_epochs": 10,
@@ -31,7 +31,7 @@ SETTINGS = {
     "patience": 0,
 }
 """Some ten seconds of training on one core: time enough to be disturbed."""
-GLOO_WORKER = Path(__file__).parents[1] / "train" / "gloo_worker.py"
+GLOO_WORKER = Path(__file__).parents[1] / "training" / "gloo_worker.py"
 TIMING = ("time", "cells_per_second", "wait_share")
 FORMER_WORKERS_SECONDS = "15"
 """How long Ray tries to place as many workers as before, after it has lost one."""
@@ -41,8 +41,8 @@ MEMORY = {"object_store_memory": 80 * 2**20}
 @pytest.fixture(scope="session")
 def chaos_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of 20,000 cells and 200 genes: 141 steps an epoch."""
-    from rayvaec.data.build import PrepareConfig, prepare
-    from rayvaec.data.simulate import simulate
+    from rayvaec.data.prepare.pipeline import PrepareConfig, prepare
+    from rayvaec.datasets import simulate
 
     folder = tmp_path_factory.mktemp("chaos")
     simulate(n_cells=20_000, n_genes=200, n_labels=4, seed=0).write_h5ad(folder / "atlas.h5ad")
@@ -261,7 +261,7 @@ def nodes() -> Callable[..., Any]:
     def start(number: int, head_cpus: int = 0, job_server: bool = False) -> Iterator[Any]:
         from ray.cluster_utils import Cluster
 
-        from rayvaec.runtime import require_token
+        from rayvaec.cluster import require_token
 
         require_token()
         head = {"num_cpus": head_cpus, "include_dashboard": job_server, **MEMORY}

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from rayvaec.serve.app import ServeArgs
-from rayvaec.serve.front import environment
-from rayvaec.serve.replicas import replica_range
+from rayvaec.serving.autoscaling import replica_range
+from rayvaec.serving.deployment import ServeArgs
+from rayvaec.serving.middleware.load_shedding import environment
 
 ROOT = Path(__file__).parents[2]
 

@@ -22,7 +22,7 @@ import httpx
 import pytest
 import yaml
 
-from rayvaec.serve import front
+from rayvaec.serving.middleware import load_shedding
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -101,7 +101,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # it would wait for the replicas
             "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
             "RAYVAEC_STORAGE": str(storage),
-            **front.environment(places=1),
+            **load_shedding.environment(places=1),
         }
         names = ("port", "dashboard-port", "ray-client-server-port", "node-manager-port")
         names += ("object-manager-port", "dashboard-agent-listen-port", "metrics-export-port")

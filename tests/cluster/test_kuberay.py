@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from rayvaec.serve.app import ServeArgs, build
-from rayvaec.serve.front import environment
-from rayvaec.serve.replicas import replica_range
+from rayvaec.serving.autoscaling import replica_range
+from rayvaec.serving.deployment import ServeArgs, build
+from rayvaec.serving.middleware.load_shedding import environment
 
 FOLDER = Path(__file__).parents[2] / "jobs" / "kuberay"
 NAMES = ("service", "train", "sample")

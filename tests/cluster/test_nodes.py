@@ -9,21 +9,21 @@ from pathlib import Path
 
 import pytest
 
+from rayvaec.cluster import check_job_paths
 from rayvaec.errors import ConfigError
-from rayvaec.runtime import check_job_paths
 
 SCRIPT = """
 import logging, os, sys
 from pathlib import Path
 
-from rayvaec.runtime import require_token
+from rayvaec.cluster import require_token
 
 require_token()
 import ray
 from ray.cluster_utils import Cluster
 
 from rayvaec.errors import ConfigError
-from rayvaec.runtime import check_seen
+from rayvaec.cluster import check_seen
 
 shared = Path(sys.argv[1])
 cluster = Cluster(

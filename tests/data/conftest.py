@@ -21,9 +21,14 @@ import zarr
 from anndata.io import write_elem
 from scipy import sparse
 
-from rayvaec.data.manifest import Manifest
-from rayvaec.data.partition import CountsDtypes, PartitionCells, write_manifest, write_partition
+from rayvaec.data.prepare.partitions import (
+    CountsDtypes,
+    PartitionCells,
+    write_manifest,
+    write_partition,
+)
 from rayvaec.data.registry import Registry
+from rayvaec.data.store.manifest import Manifest
 
 FORMS = {
     "csr": sparse.csr_matrix,

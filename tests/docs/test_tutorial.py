@@ -9,10 +9,10 @@ import pytest
 import uvicorn
 
 import rayvaec.client
-from rayvaec.infer.trained import load_model
-from rayvaec.serve.limits import Limits
-from rayvaec.serve.routes import create_app
-from rayvaec.serve.service import Service
+from rayvaec.inference.trained_model import load_model
+from rayvaec.serving.engine.engine import Service
+from rayvaec.serving.http.app import create_app
+from rayvaec.serving.middleware.limits import Limits
 
 SHOWN_URL = "http://127.0.0.1:8000"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from rayvaec.kernels.csr import CsrCounts
+from rayvaec.kernels.counts import CsrCounts
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import threading
 import numpy as np
 import torch
 
-from rayvaec.kernels.decoded_draws import draw_decoded
-from rayvaec.kernels.keys import normal_noise, position_keys
+from rayvaec.kernels.cpu.decoded_draws import draw_decoded
+from rayvaec.kernels.cpu.sparse_linear import sparse_linear
 from rayvaec.kernels.nb_loss import nb_reconstruction
 from rayvaec.kernels.nb_sample import draw_counts, join_rows
-from rayvaec.kernels.sparse_linear import sparse_linear
+from rayvaec.kernels.rng import normal_noise, position_keys
 
 
 def work(x, seed):

@@ -7,8 +7,9 @@ from scipy import stats
 from torch.nn import functional
 
 from rayvaec.errors import ConfigError, CountsError
-from rayvaec.kernels import nb_loss_softplus, nb_loss_terms
-from rayvaec.kernels.csr import CsrCounts
+from rayvaec.kernels import nb_loss_types
+from rayvaec.kernels.counts import CsrCounts
+from rayvaec.kernels.cpu import nb_loss_softplus
 from rayvaec.kernels.nb_loss import nb_reconstruction
 
 FORMS = ["softplus", "softmax"]
@@ -43,7 +44,7 @@ def largest_error(found, expected):
 def chunks(request, monkeypatch):
     """One chunk, and chunks of five cells and groups of one and two tiles, the last ones short."""
     if request.param:
-        monkeypatch.setitem(nb_loss_terms.CHUNK_ENTRIES, "cpu", request.param * 257)
+        monkeypatch.setitem(nb_loss_types.CHUNK_ENTRIES, "cpu", request.param * 257)
         monkeypatch.setattr(nb_loss_softplus, "CHUNK_CELLS", request.param)
         monkeypatch.setattr(nb_loss_softplus, "_tile_width", lambda *_: 50)
         monkeypatch.setattr(nb_loss_softplus, "_GROUPS", 4)
@@ -261,7 +262,7 @@ def test_a_weight_that_is_not_a_number_shows(make_counts, generative, place):
 
 
 def test_memory_does_not_grow_with_cells_times_genes(make_counts, monkeypatch):
-    monkeypatch.setitem(nb_loss_terms.CHUNK_ENTRIES, "cpu", 1 << 14)
+    monkeypatch.setitem(nb_loss_types.CHUNK_ENTRIES, "cpu", 1 << 14)
     monkeypatch.setattr(nb_loss_softplus, "CHUNK_CELLS", 64)
     x = make_counts(600, 3_000)
     leaves, library, factor = leaves_of(x, n_hidden=4)

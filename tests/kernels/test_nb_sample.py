@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from scipy import sparse, stats
 
 from rayvaec.errors import ConfigError, CountsError
-from rayvaec.kernels.gene_tables import MAX_LOG_ODDS, MAX_MEAN
-from rayvaec.kernels.keys import normal_noise, position_keys
+from rayvaec.kernels.cpu.gene_tables import MAX_LOG_ODDS, MAX_MEAN
 from rayvaec.kernels.nb_sample import draw_counts
+from rayvaec.kernels.rng import normal_noise, position_keys
 
 N_DRAWS = 100_000
 # Bonferroni: below 200 chi-square tests in this module, and their seeds are fixed.

@@ -13,12 +13,12 @@ from torch import Tensor
 
 import rayvaec.kernels
 import rayvaec.model
-from rayvaec.kernels import nb_loss_terms
-from rayvaec.kernels.csr import CsrCounts
-from rayvaec.kernels.hidden_layers import Layer, hidden_layers
-from rayvaec.kernels.latent import Heads, draw_latent
+from rayvaec.kernels import nb_loss_types
+from rayvaec.kernels.counts import CsrCounts
+from rayvaec.kernels.cpu.hidden_layers import Layer, hidden_layers
+from rayvaec.kernels.cpu.latent import Heads, draw_latent
+from rayvaec.kernels.cpu.sparse_linear import sparse_linear
 from rayvaec.kernels.nb_loss import nb_reconstruction
-from rayvaec.kernels.sparse_linear import sparse_linear
 
 N_CELLS, N_GENES, N_OUT = 9, 7, 5
 Tensors = dict[str, Tensor]
@@ -127,7 +127,7 @@ def test_every_function_of_autograd_is_here():
 @pytest.mark.parametrize("chunks", ["one", "many"])
 def test_a_change_in_place_before_backward_is_refused(call, name, chunks, monkeypatch):
     if chunks == "many":
-        monkeypatch.setitem(nb_loss_terms.CHUNK_ENTRIES, "cpu", 2 * N_GENES)
+        monkeypatch.setitem(nb_loss_types.CHUNK_ENTRIES, "cpu", 2 * N_GENES)
     function, make = CALLS[call]
     tensors, compute = make()
     result = compute(tensors)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rayvaec.errors import ConfigError
-from rayvaec.kernels.csr import CsrCounts
+from rayvaec.kernels.counts import CsrCounts
 from rayvaec.model.config import VAECConfig
 from rayvaec.model.vaec import VAEC
 

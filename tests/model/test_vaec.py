@@ -9,8 +9,8 @@ import torch
 from torch.distributions import Normal
 
 from rayvaec.errors import ConfigError, CountsError, ModelError
-from rayvaec.kernels.csr import CsrCounts
-from rayvaec.kernels.keys import position_keys
+from rayvaec.kernels.counts import CsrCounts
+from rayvaec.kernels.rng import position_keys
 from rayvaec.model.draws import KeyedRows, draw_decoded_blocks, draw_fused
 from rayvaec.model.losses import kl_to_standard_normal
 from rayvaec.model.vaec import VAEC, LossOutput, LossRecorder

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from rayvaec.data.inputs.counts import LARGEST_COUNT
-from rayvaec.data.names import listing
 from rayvaec.errors import CountsError
+from rayvaec.util.messages import listing
 
 
 def check_offsets(indptr: NDArray[np.int64], n: int, stored: int, where: str) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayvaec.data.names import listing
 from rayvaec.errors import CountsError
+from rayvaec.util.messages import listing
 
 LARGEST_COUNT = 2**31 - 1
 

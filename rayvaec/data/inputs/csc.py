@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from rayvaec.data.inputs.align import check_offsets, check_positions
-from rayvaec.files import remove
-from rayvaec.progress import Progress
+from rayvaec.util.atomic import remove
+from rayvaec.util.progress import Progress
 
 DEALT = "rows.npy"
 

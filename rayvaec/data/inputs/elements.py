@@ -15,8 +15,8 @@ import numpy as np
 from rayvaec.data.inputs.access import Access
 from rayvaec.data.inputs.array_view import REWRITE, ArrayView
 from rayvaec.data.inputs.frame import Frame
-from rayvaec.data.names import choices, listing
 from rayvaec.errors import CountsError, FormatError
+from rayvaec.util.messages import choices, listing
 
 RAW = "raw"
 """As a layer: the matrix and the genes of `AnnData.raw`."""

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rayvaec.errors import CountsError, FormatError, RayvaecError
-from rayvaec.files import FULL_DISK
+from rayvaec.util.atomic import FULL_DISK
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from rayvaec.data.inputs.access import Access, place_of
 from rayvaec.data.inputs.array_view import REWRITE, ArrayView
-from rayvaec.data.names import choices
 from rayvaec.errors import CountsError, FormatError
+from rayvaec.util.messages import choices
 
 _KINDS = {"i": "whole numbers", "u": "whole numbers", "f": "numbers", "b": "truth values"}
 _NULLABLE = ("nullable-string-array", "nullable-integer", "nullable-boolean")

@@ -20,8 +20,8 @@ from scipy import sparse
 from rayvaec.data.inputs.align import canonical, check_offsets, check_positions, place_in_csr
 from rayvaec.data.inputs.cell_names import tell_apart
 from rayvaec.data.inputs.counts import as_counts, check_dtype
-from rayvaec.data.names import choices, listing, missing_values, refuse_duplicates
 from rayvaec.errors import ConfigError, CountsError
+from rayvaec.util.messages import choices, listing, missing_values, refuse_duplicates
 
 if TYPE_CHECKING:
     from anndata import AnnData

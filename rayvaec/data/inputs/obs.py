@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rayvaec.data.names import listing
 from rayvaec.errors import ConfigError, CountsError
+from rayvaec.util.messages import listing
 
 if TYPE_CHECKING:
     from rayvaec.data.inputs.frame import Column

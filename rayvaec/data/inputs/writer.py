@@ -16,7 +16,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
-from rayvaec.data.delta import delta_filter, without_delta_warning
+from rayvaec.data.arrays.delta import delta_filter, without_delta_warning
 from rayvaec.errors import ConfigError
 
 SHARD_BYTES = 128 * 2**20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rayvaec.data.delta import without_delta_warning
+from rayvaec.data.arrays.delta import without_delta_warning
 from rayvaec.data.inputs.access import Access
 
 

@@ -16,17 +16,17 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from rayvaec.data.blobs import Blobs, ByteRange
-from rayvaec.data.delta import without_delta_warning
-from rayvaec.data.groups import COLLECTION, group_attributes
+from rayvaec.data.arrays.delta import without_delta_warning
+from rayvaec.data.arrays.sharded import Vector, open_vector
 from rayvaec.data.inputs.elements import AnnDataGroup
 from rayvaec.data.inputs.failures import reading
 from rayvaec.data.inputs.frame import Column
 from rayvaec.data.inputs.zarr_access import ZarrAccess
-from rayvaec.data.names import listing
-from rayvaec.data.shards import Vector, open_vector
+from rayvaec.data.io.byte_reader import Blobs, ByteRange
+from rayvaec.data.store.manifest import COLLECTION, group_attributes
 from rayvaec.errors import CountsError, StoreError
-from rayvaec.location import Location
+from rayvaec.util.location import Location
+from rayvaec.util.messages import listing
 
 
 class CastVector:

@@ -1,0 +1,1 @@
+"""Sharded one-dimensional Zarr arrays."""

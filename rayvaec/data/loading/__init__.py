@@ -1,0 +1,1 @@
+"""Minibatches: sampler, shuffle buffer, loader."""

@@ -1,0 +1,1 @@
+"""From AnnData files to a store: validate, select genes, shuffle, write, append."""

@@ -1,0 +1,1 @@
+"""Stores: manifest, opening, external stores, verification."""

@@ -1,0 +1,1 @@
+"""Analyses of scvi-tools' CondSCVI under its names."""

@@ -1,0 +1,1 @@
+"""Inference over a whole store as resumable Ray tasks."""

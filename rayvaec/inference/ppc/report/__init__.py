@@ -1,0 +1,1 @@
+"""The report of posterior predictive checks: page, plots, report.json."""

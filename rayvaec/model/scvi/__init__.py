@@ -1,0 +1,1 @@
+"""Models of scvi-tools: import, export, what each release computed."""

@@ -1,0 +1,1 @@
+"""What a replica computes: plans, jobs, dynamic batching."""

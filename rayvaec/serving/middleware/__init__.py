@@ -1,0 +1,1 @@
+"""Middleware: authentication, limits, load shedding, errors."""

@@ -1,0 +1,1 @@
+"""A training step on CPUs and on CUDA devices."""

@@ -1,0 +1,1 @@
+"""Collectives: process group, gradients, barrier."""

@@ -1,0 +1,1 @@
+"""Ray Train: trainer, scaling, failures, the function that workers run."""
