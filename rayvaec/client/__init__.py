@@ -1,4 +1,4 @@
-"""Ask a served model: AnnData in, AnnData out.
+"""Client of a served model: AnnData in, AnnData out.
 
 ::
 

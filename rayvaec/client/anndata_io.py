@@ -1,4 +1,4 @@
-"""The client's side of the wire: AnnData to cells, and answers to AnnData, matrices or arrays."""
+"""AnnData to request cells, and responses to AnnData, CSR matrices or arrays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of answers, drawn or dense, cut at cells and joined again."""
+"""Assemble response rows: cut at cell boundaries and concatenated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a client asks, and how it goes on when no answer comes; written once, to be awaited."""
+"""Asynchronous client: requests, retries and resumption of broken streams."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A request's cells, and how many of them fit into one request."""
+"""Split the cells of a call into requests that stay within the server's limits."""
 
 from __future__ import annotations
 

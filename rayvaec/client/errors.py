@@ -1,4 +1,4 @@
-"""Answers that are none: what they say, and which of them may pass."""
+"""Error responses, and which of them are worth a retry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How often and how long a client tries again."""
+"""Retry policy of the client: how often, how long, with which backoff."""
 
 from __future__ import annotations
 

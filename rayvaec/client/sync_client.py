@@ -1,4 +1,4 @@
-"""The client that blocks."""
+"""Blocking client: the asynchronous one, driven without an event loop."""
 
 from __future__ import annotations
 

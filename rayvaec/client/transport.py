@@ -1,4 +1,4 @@
-"""The connection under a client: one that waits on an event loop, or one that blocks.
+"""HTTP transports of the client, asynchronous and blocking.
 
 What is asked and how is written once, as coroutines (`rayvaec.client.async_client`). Over a
 `BlockingLink` these never wait for an event loop, so that `finished` runs them through at once.

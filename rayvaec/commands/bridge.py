@@ -1,4 +1,4 @@
-"""import, export: models from and to scvi-tools."""
+"""Commands `import` and `export`: models from and to scvi-tools."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""check: compare a model's draws with held-out cells."""
+"""Command `check`: posterior predictive checks on held-out cells."""
 
 from __future__ import annotations
 

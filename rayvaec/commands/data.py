@@ -1,4 +1,4 @@
-"""simulate, prepare, inspect: atlases and stores."""
+"""Commands `simulate`, `prepare` and `inspect`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""demo: the whole path on a synthetic atlas."""
+"""Command `demo`: the whole workflow on a synthetic atlas."""
 
 from __future__ import annotations
 

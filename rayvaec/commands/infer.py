@@ -1,4 +1,4 @@
-"""sample, embed, expression, elbo and their kin: a model over a whole store."""
+"""Commands that apply a model to a whole store: `sample`, `embed`, `expression`, `elbo`, ..."""
 
 from __future__ import annotations
 

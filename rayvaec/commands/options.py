@@ -1,4 +1,4 @@
-"""What the verbs share: the type of the parser they join, and options that several have."""
+"""Command-line options that several commands share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""serve: models' draws over HTTP."""
+"""Command `serve`: the HTTP endpoint."""
 
 from __future__ import annotations
 

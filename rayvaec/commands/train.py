@@ -1,4 +1,4 @@
-"""train: a run on a store."""
+"""Command `train`: a training run on a store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Genes, labels and batches: names <-> codes.
+"""Names of genes, labels and batches, and their integer codes.
 
 Every store and every model carries one `Registry`. Codes are positions in its tuples, so two
 registries with the same `hash` can exchange codes and gene columns freely.

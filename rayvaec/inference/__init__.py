@@ -1,1 +1,1 @@
-"""What a trained model computes, for one minibatch or a whole store."""
+"""Inference with a trained model, on one minibatch or a whole store."""

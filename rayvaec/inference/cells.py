@@ -1,4 +1,4 @@
-"""Cells as a model sees them: counts in its gene order, labels and batches in its codes."""
+"""Cells in a model's gene order and codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Moments and quantiles over posterior-predictive draws that are not kept."""
+"""Moments and quantiles over posterior predictive draws, computed without keeping them."""
 
 from __future__ import annotations
 

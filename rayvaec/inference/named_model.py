@@ -1,4 +1,4 @@
-"""A model with names: how an AnnData becomes the cells that the model knows."""
+"""Model with its registry: aligns an AnnData to the model's genes, labels and batches."""
 
 from __future__ import annotations
 

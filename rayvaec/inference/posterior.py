@@ -1,4 +1,4 @@
-"""What a trained model computes for the cells of one minibatch.
+"""Posterior quantities of one minibatch: latent variables, expression, ELBO, draws.
 
 Every function is a pure function of (model, cell, seed): products run in blocks of a fixed number
 of rows and noise is keyed by the cell, so neither the other cells of a call nor their order change

@@ -1,4 +1,4 @@
-"""A store's cells, as a model sees them."""
+"""Cells of a store in a model's gene order and codes."""
 
 from __future__ import annotations
 

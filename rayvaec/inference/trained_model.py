@@ -1,4 +1,4 @@
-"""A trained model and its names: what it says about an AnnData."""
+"""Trained model: the public methods `sample`, `latent`, `expression`, `elbo`, ..."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The operations that decide speed, each with a plain reference and fast versions."""
+"""Performance-critical kernels, each with a plain reference implementation."""

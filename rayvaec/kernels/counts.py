@@ -1,4 +1,4 @@
-"""Counts of a minibatch in compressed sparse rows."""
+"""CSR counts of a minibatch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Elementary functions for numba kernels: vectorising float32, and float64 for large counts.
+"""Vectorising float32 elementary functions for numba kernels.
 
 numba calls libm for exp and log, one number at a time. The float32 functions here are branchless
 polynomials, so that LLVM turns a loop over them into vector code: an element costs 0.3 to 0.5 ns

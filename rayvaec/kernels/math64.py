@@ -1,4 +1,4 @@
-"""Elementary functions of float64 that vectorise: for random numbers and probabilities.
+"""Vectorising float64 elementary functions for random numbers and probabilities.
 
 numba calls libm for these, one number at a time and in the middle of a loop. Without branches or
 calls, LLVM turns a loop over them into vector code. Errors, relative ones, are below 1e-15.

@@ -1,4 +1,4 @@
-"""What the versions of the fused loss take and give."""
+"""Inputs and gradients of the fused loss."""
 
 from __future__ import annotations
 

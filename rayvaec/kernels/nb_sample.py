@@ -1,4 +1,4 @@
-"""Exact negative-binomial draws, each row from its own random stream, straight into CSR.
+"""Exact negative-binomial draws in CSR, one counter-based random stream a row.
 
 Rows go in blocks of a fixed number, each in one thread; `rayvaec.kernels.cpu.nb_sweep` says how a
 block is drawn.

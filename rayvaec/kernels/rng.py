@@ -1,4 +1,4 @@
-"""Random numbers that depend on (seed, cell key, sample) and on nothing else.
+"""Counter-based random numbers keyed by (seed, cell key, sample).
 
 Every row of draws has its own counter-based stream. Two 64-bit words, k0 and k1, are mixed from
 (purpose, seed, key, sample); number i of the stream is ``mix(k1 ^ mix(k0 + i * golden))``, where

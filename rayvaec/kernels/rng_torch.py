@@ -1,4 +1,4 @@
-"""The streams of `rayvaec.kernels.rng` in torch's integers, on any device.
+"""The random streams of `rayvaec.kernels.rng` in torch integer arithmetic, on any device.
 
 A GPU that draws its own noise need not wait for a processor to draw it and a bus to bring it. torch
 has no arithmetic on unsigned words, but sums and products of int64 wrap to the same bits.

@@ -1,4 +1,4 @@
-"""What numba's language has no words for: addresses, and steps that take a vector of lanes at once.
+"""LLVM intrinsics that numba lacks: prefetch, bit scan, SIMD micro-kernels.
 
 numba vectorises a loop, not a block of two dimensions kept in registers, and has no bit mask of a
 comparison. Where that decides the speed, the innermost step is written here in LLVM's language; it

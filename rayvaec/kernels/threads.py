@@ -1,4 +1,4 @@
-"""Work in pieces on a few Python threads, every one of them single-threaded inside.
+"""Run pieces of work on Python threads, each single-threaded inside.
 
 numba kernels here release the GIL and are started from these threads, because numba's own default
 threading layer must not be entered from two Python threads at once, as a server does. torch's

@@ -1,1 +1,1 @@
-"""The VAEC module, its saved form, and the bridge to scvi-tools."""
+"""VAEC, its saved form, and import and export for scvi-tools."""

@@ -1,4 +1,4 @@
-"""The arguments of VAEC: validated, frozen, saved beside the weights."""
+"""Configuration of VAEC: validated, frozen, saved with the weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The distribution of counts."""
+"""Negative-binomial distribution in both parameterisations."""
 
 from __future__ import annotations
 

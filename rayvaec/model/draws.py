@@ -1,4 +1,4 @@
-"""Keyed posterior-predictive draws: decode z and draw counts, row by row.
+"""Keyed posterior predictive draws: decode z and sample counts, row by row.
 
 A row is one draw of one cell. Its noise is keyed by (seed, cell key, sample), and products run in
 blocks of a fixed number of rows, since the rounding of a matrix product may depend on that number:

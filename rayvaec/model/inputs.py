@@ -1,4 +1,4 @@
-"""Cells as a model takes them: counts, labels and batches as tensors on the model's device."""
+"""Model inputs: counts, labels and batches as tensors on the model's device."""
 
 from __future__ import annotations
 

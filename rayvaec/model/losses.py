@@ -1,4 +1,4 @@
-"""The terms of the loss that do not look at genes."""
+"""Loss terms that do not depend on genes: KL divergences and the classifier."""
 
 from __future__ import annotations
 

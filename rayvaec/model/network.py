@@ -1,4 +1,4 @@
-"""What VAEC learns: its parameters in either generative form, and the pieces they compute.
+"""Parameters of VAEC in either generative form, and the layers that use them.
 
 `rayvaec.model.vaec.VAEC` puts the pieces together. Which form a model has is known here alone.
 """

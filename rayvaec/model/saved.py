@@ -1,4 +1,4 @@
-"""The saved model: a folder of JSON and safetensors, without pickle.
+"""Saved models: a folder of JSON and safetensors, without pickle.
 
 ::
 

@@ -1,4 +1,4 @@
-"""VAEC on sparse counts: what training and inference compute, without making a minibatch dense."""
+"""VAEC on CSR counts: loss and inference without dense minibatches."""
 
 from __future__ import annotations
 

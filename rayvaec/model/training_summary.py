@@ -1,4 +1,4 @@
-"""What a model's training data looks like: the numbers that its draws are compared with.
+"""Summary of a model's training data, to compare draws with.
 
 They stand in ``summary.safetensors`` of the saved-model folder. Models whose training data nobody
 has seen here, those of scvi-tools and of rayvaec before it had this file, have none. It is no

@@ -1,4 +1,4 @@
-"""VAEC: a label-conditional variational autoencoder for single-cell counts.
+"""VAEC: label-conditional variational autoencoder for single-cell counts.
 
 The module of scvi-tools' CondSCVI (Lopez et al. 2022, DestVI, Nature Biotechnology, Methods:
 "single-cell latent variable model")::

@@ -1,4 +1,4 @@
-"""What travels between client and server as Arrow IPC streams; both sides use this module.
+"""Wire format between client and server: Arrow IPC streams.
 
 Cells go to the server, one row each::
 

@@ -1,4 +1,4 @@
-"""Lists of a request: names and numbers, checked as a whole instead of entry by entry.
+"""Lists of names and numbers in a request, validated as a whole.
 
 Errors stop at the first entry that is wrong: a list may have millions of them.
 """

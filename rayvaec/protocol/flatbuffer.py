@@ -1,4 +1,4 @@
-"""As much of flatbuffers as it takes to measure the messages of an Arrow IPC stream."""
+"""Minimal flatbuffers reader for the buffer sizes in Arrow IPC messages."""
 
 from __future__ import annotations
 

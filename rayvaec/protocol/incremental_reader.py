@@ -1,4 +1,4 @@
-"""Answers as they arrive: chunks of bytes in, whole rows out.
+"""Incremental reader of responses: bytes in as they arrive, complete rows out.
 
 pyarrow reads a stream from a file, and waits there for more. Here the bytes are handed in instead,
 so that a client which waits on an event loop and one which blocks read answers alike.

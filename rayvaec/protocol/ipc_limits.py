@@ -1,4 +1,4 @@
-"""What an Arrow IPC stream will take in memory, found out before anything of it is read.
+"""Memory that an Arrow IPC stream will take, computed before decompression.
 
 A small stream may ask for any amount of memory: compressed buffers are allocated at the size that
 they state, entries of a schema may point to the same text again and again, and a dictionary that

@@ -1,4 +1,4 @@
-"""JSON of a request: its structure is counted before it is parsed."""
+"""JSON bodies: structure counted before parsing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What requests and answers share: media types, the place of parameters, the ends of a stream."""
+"""Media types, the metadata key of parameters, and stream delimiters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests: cells as an Arrow IPC stream, written by the client, read with care by the server."""
+"""Requests as Arrow IPC streams: encoded by the client, decoded defensively by the server."""
 
 from __future__ import annotations
 

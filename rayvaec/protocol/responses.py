@@ -1,4 +1,4 @@
-"""Answers: draws and dense values as Arrow IPC streams, written in pieces."""
+"""Responses as Arrow IPC streams, encoded in pieces."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The sampling endpoint on Ray Serve."""
+"""Sampling endpoint on Ray Serve."""

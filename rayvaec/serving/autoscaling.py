@@ -1,4 +1,4 @@
-"""How many replicas, from ``4`` or ``1-4``, and the share of the CPUs that each one gets."""
+"""Number of replicas (``4`` or ``1-4``) and the CPU share of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The endpoint on Ray Serve: the deployment, its builder for Serve's config files, and `run`."""
+"""Ray Serve deployment of the endpoint, its builder for config files, and `run`."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ class Endpoint:
 
 
 def build(args: ServeArgs) -> serve.Application:
-    """Build the Serve application; ``import_path: rayvaec.serving.deployment:build`` in a config file.
+    """Build the Serve application: ``import_path: rayvaec.serving.deployment:build`` in a config.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The names that models are served under, and where each model is."""
+"""Names of served models and their locations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM of `rayvaec serve`: they end it, before the endpoint is up as well."""
+"""SIGINT and SIGTERM of `rayvaec serve`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run resumes from: weights, Adam's moments and the position, without pickle.
+"""Checkpoints: weights, Adam moments and position, without pickle.
 
 ::
 

@@ -1,4 +1,4 @@
-"""Everything a training run can be told, with its defaults, ranges and presets."""
+"""Configuration of a training run: fields, defaults, ranges, presets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The models that a run leaves behind: RUN/model, the best, and RUN/last."""
+"""Models that a run exports: ``RUN/model`` (best) and ``RUN/last``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Start values of a model, taken from the counts it is to be trained on."""
+"""Initial values of a model from the counts it will be trained on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one worker does: steps, validation, records, checkpoints.
+"""Training loop of one worker: steps, validation, records, checkpoints.
 
 It knows nothing of Ray. Who the other workers are is told by a `Ranks`, where checkpoints go by a
 `CheckpointSink`; one worker runs in any process as it is.

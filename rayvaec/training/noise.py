@@ -1,4 +1,4 @@
-"""Noise of training, keyed by cell: the same whichever worker trains on it, and after a resume.
+"""Training noise keyed by cell, independent of workers and resumption.
 
 Every number depends on (seed, step, row of the cell in the store) and on its place in the model
 alone. One worker and eight therefore take the same steps but for rounding, and a run that lost

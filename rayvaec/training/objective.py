@@ -1,4 +1,4 @@
-"""The model as a worker trains it: built from store and configuration, and its loss."""
+"""Training objective: the model built from store and configuration, and its loss."""
 
 from __future__ import annotations
 

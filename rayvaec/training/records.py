@@ -1,4 +1,4 @@
-"""What a run writes about itself as it goes; written by the first worker, read by everyone.
+"""Records of a run: ``metrics.jsonl``, attempts, progress.
 
 ::
 

@@ -1,4 +1,4 @@
-"""The run folder: refused, begun, begun again, ended.
+"""Run directory: its paths, creation, resumption, status.
 
 ::
 

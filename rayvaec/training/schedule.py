@@ -1,4 +1,4 @@
-"""Learning rate, KL weight and noise as pure functions of the step.
+"""Learning rate, KL weight and noise scale as functions of the step.
 
 Nothing here has a state: a resumed run computes the same values, and no checkpoint needs them.
 """

@@ -1,4 +1,4 @@
-"""Settings as dataclass fields: declared with range and help, read from texts, checked at once."""
+"""Settings as dataclass fields with range and help, parsed from text."""
 
 from __future__ import annotations
 

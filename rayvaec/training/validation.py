@@ -1,4 +1,4 @@
-"""The validation ELBO: the same number for any number of workers, but for rounding."""
+"""Validation ELBO, independent of the number of workers up to rounding."""
 
 from __future__ import annotations
 

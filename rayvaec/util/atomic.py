@@ -1,4 +1,4 @@
-"""Outputs that are whole or absent: written beside their place, then renamed."""
+"""Atomic outputs: written to a temporary name beside their place, then renamed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SHA-256 of files, one by one and together."""
+"""SHA-256 checksums of files."""
 
 from __future__ import annotations
 

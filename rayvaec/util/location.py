@@ -1,4 +1,4 @@
-"""Where a store lies: a folder of this machine, or a URL of an object store or a web server.
+"""Locations: local paths and URLs.
 
 `pathlib.Path` makes ``s3:/bucket`` of ``s3://bucket``, so a place that may be a URL is a `Location`
 from the moment it enters, and its text when it goes to another process.

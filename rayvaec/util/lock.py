@@ -1,4 +1,4 @@
-"""The right to write an output: one process at a time, by a lock file beside it.
+"""Write lock of an output: one writer at a time, named in the error message.
 
 On one machine, and on shared file systems that carry locks, the kernel's own lock (`flock`)
 decides. It goes away with its process, however that ends, and stays with one that is only

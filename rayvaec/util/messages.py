@@ -1,4 +1,4 @@
-"""Names: short lists of them in messages, nearest matches first; missing and repeated ones."""
+"""Lists of names in messages: shortened, closest matches first."""
 
 from __future__ import annotations
 

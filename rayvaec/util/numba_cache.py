@@ -1,4 +1,4 @@
-"""Numba compilation whose machine code is kept on disk, where that is possible.
+"""Numba compilation with an on-disk cache.
 
 numba itself looks at the file of a function alone when it judges whether kept code is still right,
 and fails on a file that was cut short. Here code is kept together with a digest of all sources it

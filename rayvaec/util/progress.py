@@ -1,4 +1,4 @@
-"""One moving line on a terminal, a log line now and then elsewhere."""
+"""Progress: one moving line on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 

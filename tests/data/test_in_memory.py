@@ -226,7 +226,7 @@ FromDask.__module__, FromDask.__qualname__ = "dask.array.core", "Array"
         (None, "adata is a NoneType, not an AnnData; pass an AnnData of cells x genes"),
         (type("MuData", (), {"mod": {"rna": 1, "atac": 2}})(), "a MuData.*: 'rna', 'atac'"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_what_is_not_an_anndata_is_refused(given_instead, words):
     with pytest.raises(CountsError, match=words):

@@ -118,7 +118,9 @@ def test_a_float64_default_makes_float64_models(default_dtype):
     assert module(tensors())[2].loss.dtype == default_dtype
 
 
-@pytest.mark.parametrize("whole", [np.int64, np.int32, np.uint8, torch.tensor], ids=str)
+@pytest.mark.parametrize(
+    "whole", [np.int64, np.int32, np.uint8, torch.tensor], ids=lambda f: f.__name__
+)
 def test_sizes_may_be_of_any_whole_number_type(whole):
     sizes = {"n_labels": 3, "n_hidden": 16, "n_latent": 4, "n_layers": 1, "n_batch": 2}
     softmax = {"generative": "softmax", "n_fine_labels": 2, "num_classes_mog": 3}

@@ -1,4 +1,4 @@
-"""Reading, checking and decoding a run of chunks in one call without the GIL.
+"""Decode runs of compressed chunks in one call that releases the GIL.
 
 `numcodecs.blosc.decompress` drops the GIL for the 20 microseconds that one chunk takes and then
 queues for it again, behind the other threads that decode, gather and train; `google_crc32c` keeps

@@ -1,4 +1,4 @@
-"""Differences of neighbours, which ``--codec zstd`` stores in place of a matrix's indices.
+"""Delta encoding of gene indices, as stored by ``--codec zstd``.
 
 Indices rise along a row, so their differences are small numbers, and those take three fifths of
 the space. The codec is the one that zarr knows as ``numcodecs.delta``: the first value of a chunk

@@ -1,4 +1,4 @@
-"""How a sharded 1-d Zarr v3 array lies on disk, read from its metadata.
+"""Metadata of sharded one-dimensional Zarr v3 arrays.
 
 https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/index.html
 """

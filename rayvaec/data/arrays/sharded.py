@@ -1,4 +1,4 @@
-"""Direct reader of sharded 1-d Zarr v3 arrays.
+"""Direct reader of sharded one-dimensional Zarr v3 arrays.
 
 zarr-python reads a run of a thousand rows through some hundred coroutines; training asks for
 thousands of such runs a second. For the arrays that a store consists of, this module reads past

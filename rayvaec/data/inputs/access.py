@@ -1,4 +1,4 @@
-"""How elements of a file are reached and read: the seam between trusted files and uploads."""
+"""Access to the elements of a file: permissive for local files, restricted for uploads."""
 
 from __future__ import annotations
 

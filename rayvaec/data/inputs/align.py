@@ -1,4 +1,4 @@
-"""Other data's matrix: check it, name its values' places, bring its genes into order."""
+"""Reorder the columns of a count matrix to a list of genes, by name."""
 
 from __future__ import annotations
 

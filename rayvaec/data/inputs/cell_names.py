@@ -1,4 +1,4 @@
-"""Cell names that occur more than once are told apart, by one rule everywhere.
+"""Unique cell names over all inputs, held as 8-byte hashes.
 
 A name's first cell keeps it, and the k-th repetition counts as ``name-k``. So `prepare` names
 cells, and so random numbers are keyed in process, by the client, and over stores that rayvaec did

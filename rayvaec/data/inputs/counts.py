@@ -1,4 +1,4 @@
-"""What counts must be: finite, not negative, whole, and below 2**31."""
+"""Validation of counts: finite, non-negative, whole, below 2**31."""
 
 from __future__ import annotations
 

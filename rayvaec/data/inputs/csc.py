@@ -1,4 +1,4 @@
-"""Rows of a CSC matrix on disk, in bounded memory.
+"""Read rows of an on-disk CSC matrix in bounded memory.
 
 A first sweep over the stored values counts those of each row, a second deals them to scratch files,
 a set per range of rows; each set is then sorted by row in memory.

@@ -1,4 +1,4 @@
-"""Why a file could not be read: what h5py, zarr and the system raise, sorted by cause."""
+"""Errors of reading a file, sorted by cause: filter, lock, permission, damage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one reader of an AnnData in memory: counts, names and obs columns, all checked.
+"""Reader of an AnnData in memory: counts, names and obs columns, all checked.
 
 In-process analyses and the HTTP client both read through it. The client imports neither torch nor
 Ray, so nothing here may. Whatever is returned has memory of its own: the AnnData is never changed.

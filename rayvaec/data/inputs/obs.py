@@ -1,4 +1,4 @@
-"""Labels and batches of all parts of some data: one set of names, and a code for every cell.
+"""Label and batch columns of obs: names, codes, and their checks.
 
 The parts are input files, the members of a store that rayvaec did not write, or an upload; each
 check is made here, for all of them.

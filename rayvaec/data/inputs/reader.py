@@ -1,4 +1,4 @@
-"""AnnData files read in blocks of rows: h5ad and AnnData-Zarr; CSR, CSC and dense.
+"""Read AnnData files in blocks of rows: h5ad and AnnData Zarr; CSR, CSC and dense.
 
 Of a matrix no more is in memory than a block; of annotation, one obs column at a time. What stands
 where in a file is known to `rayvaec.data.inputs.elements`.

@@ -1,4 +1,4 @@
-"""Pieces of an AnnData in Zarr v3, written with chunks and codecs of our choice.
+"""Write parts of an AnnData to Zarr v3 with explicit chunks and codecs.
 
 anndata writes every array with one chunking and warns about sharding; here each array gets the
 layout that its readers want, under the attributes of anndata's on-disk format

@@ -1,4 +1,4 @@
-"""AnnData in Zarr that rayvaec did not write, seen as a store's partitions see it.
+"""External AnnData Zarr stores and annbatch collections, opened member by member.
 
 One AnnData Zarr, or the members ``dataset_0``, ``dataset_1``, ... of an annbatch collection, in
 Zarr v2 or v3. Nothing is listed, so that it works behind a web server as well.

@@ -1,4 +1,4 @@
-"""Bytes of a store's files: the seam between the readers and where a store lies."""
+"""Byte ranges of a store's files: the interface between array readers and storage."""
 
 from __future__ import annotations
 

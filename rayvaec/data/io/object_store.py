@@ -1,4 +1,4 @@
-"""Files of a store in an object store or behind a web server, read through obstore.
+"""Read files from object stores and web servers through obstore, with retries.
 
 Nothing is listed: a web server has no listing, and a bucket's costs time. obstore repeats a request
 that met a full or failing server or a broken connection; an answer that breaks off halfway is

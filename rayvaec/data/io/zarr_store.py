@@ -1,4 +1,4 @@
-"""zarr's view of remote files: every request goes through its reader, with its retries."""
+"""zarr store interface on top of the remote byte reader."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Going along lanes: windows loaded in time, minibatches gathered from them."""
+"""Read the lanes of one worker: load windows of rows, gather minibatches from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Resumable minibatches, the same for every number of workers, decoded ahead of their use."""
+"""Resumable minibatch loader, identical for every number of workers, with prefetching."""
 
 from __future__ import annotations
 

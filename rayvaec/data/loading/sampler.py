@@ -1,4 +1,4 @@
-"""Which cells make up a minibatch: pure arithmetic on (seed, epoch, step).
+"""Which cells make up a minibatch: a pure function of (seed, epoch, step).
 
 The training rows are cut into blocks of consecutive rows, the blocks are laid end to end in a
 seeded order, and the line is cut into as many equal lanes as the configuration says, whatever the

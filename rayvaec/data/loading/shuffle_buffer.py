@@ -1,4 +1,4 @@
-"""Runs of rows decoded into memory, and minibatches gathered from them."""
+"""Shuffle buffer: decoded rows in memory, from which minibatches are gathered."""
 
 from __future__ import annotations
 

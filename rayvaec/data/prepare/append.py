@@ -1,4 +1,4 @@
-"""Cells added to a store: new partitions beside the old ones, which stay as they are."""
+"""Append cells to a store as new partitions; existing partitions stay unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `prepare` does with its inputs."""
+"""Configuration of `prepare`."""
 
 from __future__ import annotations
 

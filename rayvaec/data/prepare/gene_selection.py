@@ -1,4 +1,4 @@
-"""Which genes a store has: those of its inputs, or for appended cells those that it has."""
+"""Gene selection for a store: intersection, union, a list, or the genes of an existing store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choosing the genes that vary most: the ``seurat_v3`` flavour, on raw counts, out of core.
+"""Highly variable genes, flavour ``seurat_v3``, out of core on raw counts.
 
 For every batch, a curve of log variance over log mean says how much a gene of that mean varies
 (Stuart et al. 2019, "Comprehensive Integration of Single-Cell Data", Methods); counts are scaled

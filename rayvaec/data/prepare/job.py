@@ -1,4 +1,4 @@
-"""The folder beside an output in which `prepare` works: what is written so far, and what is done.
+"""Working directory of `prepare`: what has been written, for `--resume`.
 
 ``.<name>.partial`` holds ``plan.json`` (what is made of what), ``store`` (the output so far),
 ``scratch`` (what goes away) and one record for everything that is finished, each written as a whole

@@ -1,4 +1,4 @@
-"""How much `prepare` holds in memory at a time: everything follows from one number of bytes.
+"""Memory planning of `prepare`: block and partition sizes from one byte budget.
 
 The costs below were measured as growth of the resident set, and rounded up; what numpy frees it
 gives back late, so they are more than the arrays' own sizes.

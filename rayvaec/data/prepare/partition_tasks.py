@@ -1,4 +1,4 @@
-"""Partitions written one after the other, or several at once as Ray tasks."""
+"""Write partitions one by one, or several at a time as Ray tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing a store: one partition after the other, or many at once, and the manifest last."""
+"""Write the partitions of a store, and its manifest last."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`prepare`: any AnnData files -> one shuffled, sharded store, in bounded memory.
+"""`prepare`: AnnData files to one shuffled, sharded store, in bounded memory.
 
 The first pass reads everything and checks it (`rayvaec.data.prepare.validate`); only then are cells
 written. The second deals them, in the order of a seeded permutation, to one scratch file per

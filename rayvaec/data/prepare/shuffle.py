@@ -1,4 +1,4 @@
-"""The second pass of `prepare`: which cell goes where, and every cell brought there."""
+"""Second pass of `prepare`: shuffle cells into per-partition spill files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The out-of-core shuffle: cells dealt to one scratch file per partition, then put in order.
+"""Spill files of the external shuffle: one per partition, read back in shuffled order.
 
 A scratch file is a sequence of segments. A segment holds some cells in order of their position:
 a header (cells, stored values, bytes of names), position, number of values, label, batch and

@@ -1,4 +1,4 @@
-"""The first pass of `prepare`: read every input once, check all of it, and decide what to write."""
+"""First pass of `prepare`: read and check every value, and decide what to write."""
 
 from __future__ import annotations
 

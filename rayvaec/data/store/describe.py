@@ -1,4 +1,4 @@
-"""A store in a few lines, for people."""
+"""Text description of a store, as printed by `rayvaec inspect`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Descriptions: what another process, or a resumed run, opens the very same store by.
+"""Store descriptions: a pinned manifest by which workers open the very same store.
 
 A description holds the address and the manifest of a store as it was when some work on it began.
 Cells that are appended afterwards are then no part of that work: appending leaves the old

@@ -1,4 +1,4 @@
-"""A store that rayvaec did not write, read as it lies.
+"""External stores: AnnData Zarr and annbatch collections that `prepare` did not write.
 
 What `prepare` knows of its own stores, a survey finds out for this one
 (`rayvaec.data.store.external_scan`). The result is kept in a description beside what is made of the

@@ -1,4 +1,4 @@
-"""The survey of a store that rayvaec did not write: every value and name of it, read once."""
+"""Scan of an external store: read and check every value and name once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a store says about itself: the group attribute ``rayvaec``, written last of all."""
+"""Manifest of a store: the group attribute ``rayvaec``, written last."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Some rows of a store that stand for all rows of a split.
+"""Sample of rows that represents a split, whatever the order of the store.
 
 The rows of a store that `prepare` shuffled are in random order, and the first ones are a random
 sample. Those of an external store may be sorted by cell type, and a store that was appended to is

@@ -1,4 +1,4 @@
-"""Cells on disk or far away: partitions, and the rows of all of them in order."""
+"""Store: partitions on disk or in object storage, as one sequence of rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Summarise a store's training cells, from a bounded sample of them."""
+"""Summary of a store's training cells, from a bounded sample."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a store's files are those that were written."""
+"""Verify the checksums of a store's files."""
 
 from __future__ import annotations
 

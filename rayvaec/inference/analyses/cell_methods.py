@@ -1,4 +1,4 @@
-"""CondSCVI's analyses under scvi-tools' names, as methods of a trained model.
+"""Per-cell analyses of CondSCVI as methods of a trained model.
 
 Arguments keep scvi-tools' names and meaning. What scvi-tools draws from its global generator is
 keyed here by ``seed`` and the cells' names; ``batch_size`` and ``dataloader`` have no counterpart,

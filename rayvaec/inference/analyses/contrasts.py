@@ -1,4 +1,4 @@
-"""Which groups of cells are compared with which, and the table of all comparisons."""
+"""Groups compared in differential expression, and the table of results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gene-gene correlations of denoised draws, as scvi-tools' ``get_feature_correlation_matrix``.
+"""Gene-gene correlation of denoised draws (`get_feature_correlation_matrix`).
 
 A draw is the negative binomial's own rate before the Poisson, a Gamma with the mean and dispersion
 that the model gives a cell of a fixed size. So what counting adds is left out, and what cells of

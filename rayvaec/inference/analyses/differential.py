@@ -1,4 +1,4 @@
-"""Differential expression from posterior draws: scvi-tools' modes ``change`` and ``vanilla``.
+"""Differential expression from posterior draws: modes ``change`` and ``vanilla``.
 
 Lopez et al. 2018 (Nature Methods, "Deep generative modeling...") and Boyeau et al. 2019 (bioRxiv
 794289). Of each population the model's normalised expression is drawn, draws are paired, and the

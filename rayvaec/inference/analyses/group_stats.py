@@ -1,4 +1,4 @@
-"""Groups of cells boiled down to what a comparison of them needs, in memory that does not grow.
+"""Sufficient statistics of groups of cells, in bounded memory.
 
 Of every group: sums over its counts, and the posteriors of a random choice of its cells. The choice
 is by a random number keyed by seed and cell; the cells with the smallest are kept (a bottom-k

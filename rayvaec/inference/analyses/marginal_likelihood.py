@@ -1,4 +1,4 @@
-"""The marginal log-likelihood of cells, by importance sampling from the posterior."""
+"""Marginal log-likelihood of cells by importance sampling."""
 
 from __future__ import annotations
 

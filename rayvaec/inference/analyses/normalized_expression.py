@@ -1,4 +1,4 @@
-"""Normalised expression: what the model expects of each gene, freed of the library size.
+"""Normalised expression: the decoder's mean at a common library size.
 
 scvi-tools' softmax form gives each gene's share of the expected counts directly; in the softplus
 form it is the expected count over the cell's sum of expected counts. So rows sum to 1 in both.

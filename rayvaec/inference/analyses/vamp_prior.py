@@ -1,4 +1,4 @@
-"""The empirical prior over z of every label that DestVI starts from (scvi-tools' "vamp prior").
+"""Empirical ("VampPrior") prior over z for each label, as used by DestVI.
 
 k-means of the cells' posterior means within each label; a cluster becomes a Gaussian with the
 moments of the mixture of its cells' posteriors. Only posteriors are kept of the cells, and where a

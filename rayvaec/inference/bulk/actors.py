@@ -1,4 +1,4 @@
-"""The Ray actors behind bulk work: their lives, their calls, and what is said when one fails."""
+"""Pool of Ray actors for bulk work: placement, calls, failure messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What bulk work boils a whole store down to: a part of every region, and one result of all parts.
+"""Aggregates over a whole store: one partial result a region, then a reduction.
 
 Parts are folded in the order of the regions, so that the result does not depend on which worker
 was done first.

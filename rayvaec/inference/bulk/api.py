@@ -1,4 +1,4 @@
-"""A trained model over a whole store, as Ray tasks, into an AnnData or a table.
+"""Bulk inference: a trained model over a whole store, to AnnData Zarr or a table.
 
 Cells keep the store's order and names. The work is cut into regions; a finished region is recorded
 beside the output, a worker that dies is started again, and a command that was stopped goes on where

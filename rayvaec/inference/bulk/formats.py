@@ -1,4 +1,4 @@
-"""The formats of bulk outputs: AnnData Zarr, which workers fill, and what is made from it.
+"""Output formats of bulk inference, chosen by suffix: Zarr, h5ad, CSV, Parquet.
 
 Everything is copied in pieces, so that memory does not grow with the number of cells.
 """

@@ -1,4 +1,4 @@
-"""What a piece of bulk work is about: its inputs, and how the cells are cut into regions."""
+"""Specification of a bulk job: its inputs and its split into regions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bulk work whose result has one entry of fixed width a cell, and the arrays that these fill."""
+"""Per-cell outputs of bulk inference: draws, moments, latent variables, expression, ELBO."""
 
 from __future__ import annotations
 

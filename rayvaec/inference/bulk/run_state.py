@@ -1,4 +1,4 @@
-"""The state of a piece of bulk work, kept beside its output so that a rerun can go on.
+"""State of a bulk run: which regions are finished, so that a rerun can resume.
 
 ::
 

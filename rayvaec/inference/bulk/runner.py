@@ -1,4 +1,4 @@
-"""Bulk work from end to end: check, cut into regions, have actors compute them, publish."""
+"""Bulk runner: validate, split into regions, compute in actors, publish."""
 
 from __future__ import annotations
 

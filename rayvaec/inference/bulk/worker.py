@@ -1,4 +1,4 @@
-"""Tasks of bulk work, which compute something of every region of cells, and their workers."""
+"""Worker of bulk inference: computes regions of cells and writes them to the output."""
 
 from __future__ import annotations
 

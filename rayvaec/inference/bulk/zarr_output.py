@@ -1,4 +1,4 @@
-"""The AnnData in Zarr that bulk work fills, region by region.
+"""AnnData Zarr output that is filled region by region.
 
 Rows of an array are cells. Regions are runs of rows that fill whole files of every array, so that
 several processes may write at once. A sparse layer's files hold runs of stored values instead: it

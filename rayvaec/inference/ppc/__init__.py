@@ -1,1 +1,1 @@
-"""Posterior-predictive checks of a model on a store's held-out cells, and their report."""
+"""Posterior predictive checks on held-out cells, and their report."""

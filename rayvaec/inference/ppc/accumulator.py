@@ -1,4 +1,4 @@
-"""Sums over cells that every figure of a check is computed from: their size knows no cells."""
+"""Sufficient statistics of a check; their size is independent of the number of cells."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a check is told to do."""
+"""Configuration of a posterior predictive check."""
 
 from __future__ import annotations
 

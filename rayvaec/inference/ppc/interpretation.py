@@ -1,4 +1,4 @@
-"""What the figures mean, in words that a biologist can use."""
+"""Interpretation of the metrics in words."""
 
 from __future__ import annotations
 

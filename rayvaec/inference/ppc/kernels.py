@@ -1,4 +1,4 @@
-"""The loops of a check: one pass over the draws, one over the probabilities of what was observed.
+"""Numba kernels of posterior predictive checks.
 
 How calibration is measured. Let F be the model's distribution function of a count given z, and z a
 draw from q(z | x, y). If the model is right and q is its posterior, the pair (x, z) has the model's

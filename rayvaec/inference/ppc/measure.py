@@ -1,4 +1,4 @@
-"""What a check measures on some cells with one model: it adds them to a tally."""
+"""Measure some cells with one model and add the results to an accumulator."""
 
 from __future__ import annotations
 

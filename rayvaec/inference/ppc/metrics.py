@@ -1,4 +1,4 @@
-"""The figures that a model is judged by: few numbers, higher is better, each with its error.
+"""Metrics of a posterior predictive check, each with its standard error.
 
 A figure compares further draws with the observed cells. The same figure with the first draw of each
 cell in the place of the observed one is its *reference*: what the model would reach if it were

@@ -1,4 +1,4 @@
-"""Posterior predictive checks of a model on a store."""
+"""Run a posterior predictive check over a store and write its report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Posterior predictive checks as bulk work: measure regions of cells, then write the report."""
+"""Worker of a posterior predictive check: measures regions of cells."""
 
 from __future__ import annotations
 

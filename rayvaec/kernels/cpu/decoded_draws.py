@@ -1,4 +1,4 @@
-"""The decoder's last product and the draws from it, in one function.
+"""Decoder output layer fused with negative-binomial sampling.
 
 Rows go in blocks of a fixed number, each in one thread: a product into a buffer that is kept
 between calls, a row a lane; then the rates, vectorised; then the draws.

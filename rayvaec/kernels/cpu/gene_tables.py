@@ -1,4 +1,4 @@
-"""What drawing reads per gene, and how far it goes.
+"""Per-gene lookup tables of the sampler.
 
     softplus form:  size_g = rate_g            odds_g = exp(px_r_g)
     softmax form:   size_g = exp(px_r_g)       odds_g = rate_g / size_g

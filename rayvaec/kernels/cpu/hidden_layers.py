@@ -1,4 +1,4 @@
-"""Hidden layers: product, covariates, LayerNorm, ReLU and dropout, in one node of autograd.
+"""Fused hidden layers: linear, covariates, LayerNorm, ReLU and dropout as one autograd function.
 
 At the widths of VAEC's hidden layers every operation of torch costs more in being called than in
 its arithmetic. Here a layer is two calls, a product and one pass over its output, and two products

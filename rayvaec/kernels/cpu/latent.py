@@ -1,4 +1,4 @@
-"""The encoder's heads, the draw of z and its divergence from N(0, I), in one node of autograd.
+"""Fused encoder heads, reparameterised z and KL divergence as one autograd function.
 
 A cell has a handful of latent dimensions: the twenty small operations that torch needs for them,
 and as many on the way back, cost far more in being called than in their arithmetic. With hidden

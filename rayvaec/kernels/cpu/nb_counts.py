@@ -1,4 +1,4 @@
-"""Counts above 0 of negative binomials, given what is left of the gap that ended at each gene.
+"""Negative-binomial counts given the remaining exponential gap at each gene.
 
 `rayvaec.kernels.cpu.nb_sweep` says how the gap makes a count.
 """

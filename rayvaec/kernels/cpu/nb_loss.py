@@ -1,4 +1,4 @@
-"""The fused loss on the CPU: torch's products, numba for everything between them."""
+"""Fused negative-binomial loss on the CPU: torch matrix products, numba in between."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fused loss in the softmax form on the CPU: mu = library * softmax(a), theta = exp(px_r).
+"""CPU loss of the softmax form: mu = library * softmax(a), theta = exp(px_r).
 
 The softmax needs a whole row before any gene of it, so cells go in chunks, held in a buffer that is
 kept between calls. First by pieces of the chunk's rows, each in one thread: a product into the

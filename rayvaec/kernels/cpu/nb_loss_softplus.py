@@ -1,4 +1,4 @@
-"""The fused loss in the softplus form on the CPU: r = library * softplus(a), l = px_r.
+"""CPU loss of the softplus form: r = library * softplus(a), logits = px_r.
 
 Genes are independent here, so the work goes by tiles of genes over all cells of a chunk, each in
 one thread: a product into a buffer that stays in the core's cache, a sweep over it that turns it in

@@ -1,4 +1,4 @@
-"""Exact negative-binomial draws of a block of rows: a walk along its genes, all rows in step.
+"""Draw blocks of rows with exponential-gap sampling over the genes.
 
 A negative binomial is a Poisson number of logarithmic-series clusters (Quenouille 1949): with odds
 o = p/(1-p), ::

@@ -1,4 +1,4 @@
-"""The walk of a tile of genes by a block of rows in step, and the gaps that it uses up.
+"""Exponential-gap sampling: step through a row's genes to the next non-zero count.
 
 `rayvaec.kernels.cpu.nb_sweep` says what a gap is, and how what is noted here becomes counts.
 """

@@ -1,4 +1,4 @@
-"""The encoder's first layer: counts in CSR times a dense weight.
+"""Linear layer on CSR counts (the encoder's first layer) as an autograd function.
 
 On the CPU in float32 the product runs over the non-zeros alone (`sparse_products`). Elsewhere
 chunks of cells are made dense.

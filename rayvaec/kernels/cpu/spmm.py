@@ -1,4 +1,4 @@
-"""Products of counts in CSR with a dense weight, forward and backward, over the non-zeros alone.
+"""Products of CSR counts with a dense weight, forward and backward.
 
 They go by tiles of genes whose part of the weight, or of its gradient, stays in cache. Every row of
 the output, and every gene's column of the gradient, adds up in one fixed order: the number of

@@ -1,4 +1,4 @@
-"""Exact random variates, each from its row's counter-based stream.
+"""Exact random variates from counter-based streams.
 
 Every function takes the stream's two key words and the number of its next random number, and
 returns the variate and the number after those it used.

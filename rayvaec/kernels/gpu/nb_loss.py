@@ -1,4 +1,4 @@
-"""The fused loss in plain torch operations, for GPUs and for other dtypes than float32.
+"""Fused negative-binomial loss in torch operations, for GPUs and other dtypes than float32.
 
 Chunk by chunk: one product, a few elementwise passes, the non-zeros gathered and worked on in
 float64 (lgamma(x+r) - lgamma(r) cancels where r is large), and two products back.

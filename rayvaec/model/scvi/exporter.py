@@ -1,4 +1,4 @@
-"""Write a model as scvi-tools saves CondSCVI: a folder with model.pt."""
+"""Export a model as scvi-tools saves CondSCVI."""
 
 from __future__ import annotations
 

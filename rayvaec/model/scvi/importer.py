@@ -1,4 +1,4 @@
-"""The bridge to scvi-tools: its saved CondSCVI models become ours, and ours become its.
+"""Import CondSCVI models saved by scvi-tools.
 
 scvi-tools 0.15 on saves one file, model.pt; before that (2021) it was model_params.pt, attr.pkl and
 var_names.csv. All are pickles: `rayvaec.model.scvi.unpickle` reads them without running them.

@@ -1,4 +1,4 @@
-"""Read pickles of tensors, arrays and plain values without running what they name.
+"""Restricted unpickler: tensors, arrays and plain values, no code execution.
 
 A pickle is a program: it names functions, calls them and sets attributes of what it finds. Here a
 name stands for one of the few builders below, which check their arguments and cannot be changed

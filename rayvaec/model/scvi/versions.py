@@ -1,4 +1,4 @@
-"""Which form of VAEC weights are of, read off their names and shapes.
+"""Which scvi-tools release's form weights have, from their names and shapes.
 
 Version numbers do not tell: scvi-tools 1.4.0.post1 saved the form that 1.4.1 brought.
 """

@@ -1,4 +1,4 @@
-"""Bodies as they were sent, decompressed into what `rayvaec.serving.decoding.parsing` reads."""
+"""Request bodies of any media type to parameters and raw cells."""
 
 from __future__ import annotations
 

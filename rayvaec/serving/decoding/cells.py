@@ -1,4 +1,4 @@
-"""A request's cells: every value checked, brought into the model's genes and codes."""
+"""Cells of a request: checked, and brought into the model's gene order and codes."""
 
 from __future__ import annotations
 

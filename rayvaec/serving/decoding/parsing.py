@@ -1,4 +1,4 @@
-"""Requests, as JSON or Arrow, to checked tasks."""
+"""Parse requests into sampling plans, with every parameter checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers as h5ad files."""
+"""Responses as h5ad files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests that wait together are worked on together.
+"""Dynamic batching: waiting requests are computed together.
 
 `ray.serve.batch` forms its batches before the one in work is done: what arrives in the meantime
 waits in many small batches. Here everything that waits when the worker becomes free is taken at

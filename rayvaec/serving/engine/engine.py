@@ -1,4 +1,4 @@
-"""A loaded model at work: reads requests, runs their jobs, gives answers. Knows no HTTP."""
+"""Inference engine of a replica: runs sampling plans, independent of HTTP."""
 
 from __future__ import annotations
 

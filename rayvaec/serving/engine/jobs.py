@@ -1,4 +1,4 @@
-"""Parts of requests, and how those of several requests are computed in one go.
+"""Jobs: parts of requests, computed in batches across requests.
 
 A cell's result depends on (model, cell, seed) alone, so that what is computed beside it is free.
 """

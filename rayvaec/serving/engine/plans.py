@@ -1,4 +1,4 @@
-"""What each route computes: a request cut into jobs, and their results put into an answer.
+"""Response plans: how each route splits a request into jobs and assembles the response.
 
 A task knows neither HTTP nor threads. Its jobs end in numpy (for JSON, joined at the end) or go
 through `encode` to pieces of an Arrow stream, which can be sent before the next job is done.

@@ -1,4 +1,4 @@
-"""What /v1/summary tells of a model's training data, a few genes at a time."""
+"""Contents of `/v1/summary`: training-data summary of a few genes at a time."""
 
 from __future__ import annotations
 

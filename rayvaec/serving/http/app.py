@@ -1,4 +1,4 @@
-"""The HTTP application: routes, media types, OpenAPI. Runs under any ASGI server."""
+"""FastAPI application: routes of the endpoint, for any ASGI server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""/docs: Swagger UI, whose files come from this server, so that no other network is needed."""
+"""`/docs`: Swagger UI served without another network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flow control between a replica and the proxy in front: an answer waits for its client.
+"""Flow control between replica and proxy: an answer waits for its client.
 
 Ray Serve's proxy takes at once whatever a replica sends, and keeps what its client has not read.
 So the proxy's part, `Acknowledger`, tells the replica how much the client has taken, in messages

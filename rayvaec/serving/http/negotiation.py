@@ -1,4 +1,4 @@
-"""Content negotiation: the media types of a request and of its answer."""
+"""Content negotiation: media types of requests and responses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""/openapi.json: what the routes take and give, with requests that this server answers."""
+"""`/openapi.json`, with examples that the served model answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The JSON of requests and answers, for validation and for /openapi.json."""
+"""JSON schemas of requests and responses."""
 
 from __future__ import annotations
 

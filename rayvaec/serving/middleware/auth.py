@@ -1,4 +1,4 @@
-"""Who may ask: one token for the endpoint, or no token and this machine alone."""
+"""Token authentication; without a token, only this machine may connect."""
 
 from __future__ import annotations
 

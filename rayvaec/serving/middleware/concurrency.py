@@ -1,4 +1,4 @@
-"""How many requests there may be at once, and how many bytes they may hold together."""
+"""Limits of concurrent requests and of the bytes they hold."""
 
 from __future__ import annotations
 

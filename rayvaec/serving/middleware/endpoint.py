@@ -1,4 +1,4 @@
-"""What stands around every request: its id, the token, the gate, the time limit, its errors."""
+"""Endpoint middleware: request ID, authentication, concurrency limit, time limit, errors."""
 
 from __future__ import annotations
 

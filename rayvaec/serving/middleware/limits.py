@@ -1,4 +1,4 @@
-"""What a request may cost: its body, its work, its answer."""
+"""Limits of a request's size and cost, and of concurrency."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands in Ray Serve's proxy: it turns away the requests that no replica has a place for.
+"""Load shedding in Ray Serve's proxy: refuse requests that no replica has a slot for.
 
 The replicas have gates of their own, but passing a request on and its refusal back costs as much
 as drawing a small one does, so that the more are turned away, the fewer are answered. Here it costs

@@ -1,4 +1,4 @@
-"""Logs of a replica: they hold requests' ids and kinds of failures, and nothing that was sent.
+"""Log records of a replica: request IDs and kinds of failures, no request data.
 
 Messages of exceptions and warnings may hold counts, labels and names, whoever raised them.
 """

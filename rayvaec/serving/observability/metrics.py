@@ -1,4 +1,4 @@
-"""What a replica counts, and how the counts of all replicas become one page for Prometheus."""
+"""Prometheus metrics, aggregated over all replicas."""
 
 from __future__ import annotations
 

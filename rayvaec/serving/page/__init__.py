@@ -1,4 +1,4 @@
-"""The endpoint's own page: three kinds of static files, and the headers that confine them.
+"""Static files of the endpoint's web page, and their security headers.
 
 The page asks the endpoint for everything that it shows, as any client does, so its files tell
 nothing about the model and need no token.

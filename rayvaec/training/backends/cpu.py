@@ -1,4 +1,4 @@
-"""Training steps, on CPUs: gradient of a minibatch, sum over the workers, Adam."""
+"""Training step on CPUs: gradient, all-reduce, Adam."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training steps on a GPU, replayed as CUDA graphs.
+"""Training step on a GPU, replayed as CUDA graphs.
 
 A step is some four hundred small operations. To launch them one by one takes several times as long
 as to compute them; a graph is launched at once. What a graph holds has fixed shapes and addresses

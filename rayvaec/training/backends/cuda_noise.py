@@ -1,4 +1,4 @@
-"""The noise of `rayvaec.training.noise`, drawn where the model computes.
+"""Training noise drawn on the device.
 
 The same numbers come out, so that runs on GPUs and on CPUs take the same steps but for rounding.
 Shapes are fixed, and nothing is looked up on the host while drawing: a CUDA graph can hold it.

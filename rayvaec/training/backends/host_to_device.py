@@ -1,4 +1,4 @@
-"""Minibatches on their way to the model's device.
+"""Pinned staging buffers that carry minibatches to the device.
 
 All arrays of a minibatch go as one block of bytes, in the types they are stored in, from memory
 that the device reads by itself, while the step before is computed. A block's shape is that of the

@@ -1,4 +1,4 @@
-"""Where the workers of one machine wait for each other, in memory that they share."""
+"""Spin-then-block barrier for workers on one host, in shared memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What workers send each other: start values once, and the sum of their gradients every step."""
+"""Broadcast of start values and all-reduce of gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The workers of a run as one of them sees them, and all that they send each other."""
+"""Process group: the collectives of a run as one worker sees them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a failure means: Ray's wrappers off, and no second try where it is pointless.
+"""Classify failures: unwrap Ray's exceptions; retry only what can succeed.
 
 Ray's controller imports this module, which therefore imports little.
 """

@@ -1,4 +1,4 @@
-"""Ctrl-C during a training: it ends within seconds, whatever Ray's controller is doing."""
+"""Ctrl-C during training: end within seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Resources of workers: what the cluster has for them, and the share that each gets."""
+"""Number of workers (``4`` or ``2-8``) and their resources."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Storage that cannot be reached for a while is waited for; what would fail again ends at once."""
+"""Retry of storage operations that can succeed later; full or forbidden storage fails at once."""
 
 from __future__ import annotations
 

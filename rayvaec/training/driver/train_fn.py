@@ -1,4 +1,4 @@
-"""The loop as Ray Train runs it: one call a worker process."""
+"""Training function that Ray Train runs in every worker."""
 
 from __future__ import annotations
 

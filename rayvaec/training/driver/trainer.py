@@ -1,4 +1,4 @@
-"""What the driver does: checks, resources, TorchTrainer, progress, and the end of a run."""
+"""Driver of a run: checks, TorchTrainer, progress, final messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a line an epoch while it goes on, a page afterwards."""
+"""Console output of a run: one line an epoch, and a summary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The course of a run as a picture: ELBO, learning rate and speed over the epochs."""
+"""Training curves as a picture: ELBO, learning rate, throughput."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The records of a run, mirrored to TensorBoard, MLflow and Ray's metrics.
+"""Experiment trackers: TensorBoard, MLflow and Ray metrics.
 
 RUN/metrics.jsonl is the record; what happens here only copies it. The copying is done on the
 driver, by a thread for each tracker, so that a server that is slow or away costs the training

@@ -1,4 +1,4 @@
-"""The report's page: one HTML file that needs nothing else."""
+"""HTML page of the report, self-contained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pictures of a report: small SVG images that are readable on light and dark pages."""
+"""Plots of the report, as small SVG images for light and dark pages."""
 
 from __future__ import annotations
 

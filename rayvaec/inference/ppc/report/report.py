@@ -1,4 +1,4 @@
-"""Everything that a check found, as one JSON-able dict: what ``report.json`` holds."""
+"""Contents of ``report.json``: all results as one JSON-serialisable dict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of a report: genes, labels, calibration, libraries, trend, correlations, latent map."""
+"""Sections of the report: genes, labels, calibration, library sizes, correlations, latent space."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""AnnData's h5ad files as bodies: read in a process that can do nothing else, written in memory."""
+"""h5ad request bodies, read in a sandboxed process."""

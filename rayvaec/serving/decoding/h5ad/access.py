@@ -1,4 +1,4 @@
-"""How elements of an uploaded h5ad file are reached: nothing beside the file, within a budget.
+"""Restricted access to the elements of an uploaded h5ad file, within a memory budget.
 
 HDF5 would follow links to other files, load filters and allocate whatever a file declares.
 """

@@ -1,4 +1,4 @@
-"""Cells out of an uploaded h5ad file, by the reader of `prepare`. Runs in `sandbox`'s process."""
+"""Read the cells of an uploaded h5ad file with the reader of `prepare`."""
 
 from __future__ import annotations
 

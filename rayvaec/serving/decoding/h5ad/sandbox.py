@@ -1,4 +1,4 @@
-"""A process that reads strangers' HDF5 files.
+"""Sandboxed process that reads untrusted HDF5 files.
 
 HDF5 is C code that trusts its files. It runs in a process of its own, which holds no model and no
 token, may take so much memory and no more, and can open no file: a file that breaks it costs the

@@ -1,4 +1,4 @@
-"""The process behind `sandbox`: ``python -m rayvaec.serving.decoding.h5ad.sandbox_worker MAX_BYTES``.
+"""Main function of the sandboxed process.
 
 Takes files on standard input and gives back Arrow streams or refusals on standard output.
 """
