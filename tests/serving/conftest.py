@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,17 +39,30 @@ class Http:
     base_url: str = "http://127.0.0.1:8000"
     headers: dict[str, str] = field(default_factory=dict)
 
-    def together(self, *requests: tuple[str, str, dict[str, Any]]) -> list[httpx.Response]:
-        """Send requests at the same time; each is (method, path, arguments of httpx)."""
+    def client(self) -> httpx.AsyncClient:
+        """Return a client of the application."""
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+        return httpx.AsyncClient(
+            transport=transport, base_url=self.base_url, headers=self.headers, timeout=60
+        )
+
+    def together(
+        self,
+        *requests: tuple[str, str, dict[str, Any]],
+        meanwhile: Callable[[], Awaitable[None]] | None = None,
+    ) -> list[httpx.Response]:
+        """Send requests at the same time; each is (method, path, arguments of httpx).
+
+        `meanwhile` is run beside them.
+        """
 
         async def send() -> list[httpx.Response]:
-            transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
-            async with httpx.AsyncClient(
-                transport=transport, base_url=self.base_url, headers=self.headers, timeout=60
-            ) as client:
-                return await asyncio.gather(
-                    *(client.request(method, path, **rest) for method, path, rest in requests)
-                )
+            async with self.client() as client:
+                asked = [client.request(method, path, **rest) for method, path, rest in requests]
+                if meanwhile is not None:
+                    *answers, _ = await asyncio.gather(*asked, meanwhile())
+                    return answers
+                return await asyncio.gather(*asked)
 
         return asyncio.run(send())
 
@@ -144,6 +157,45 @@ class Server:
         """Those of them whose title begins with a name, such as ``ray::ProxyActor``."""
         titles = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in self.alive()}
         return [pid for pid, title in titles.items() if title.startswith(name.encode())]
+
+
+class HeldSampler:
+    """Keeps an application's sampler from working until it is let go."""
+
+    def __init__(self, http: Http, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go, self.calls = threading.Event(), list[int]()
+        self._merger = http.app.state.services["model"]._merger
+        self._work = self._merger._work
+        monkeypatch.setattr(self._merger, "_work", self)
+
+    def __call__(self, jobs: list[Any]) -> Any:
+        self.calls.append(len(jobs))
+        assert self.go.wait(60)
+        return self._work(jobs)
+
+    async def until_reached(self, n_jobs: int) -> None:
+        """Return once so many jobs are in the sampler's hands, or wait for it."""
+        while not self.calls or sum(self.calls) + self._merger.waiting < n_jobs:
+            await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+def hold_sampler(monkeypatch: pytest.MonkeyPatch) -> Callable[[Http], HeldSampler]:
+    """Hold the sampler of an application."""
+    return lambda http: HeldSampler(http, monkeypatch)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Return what sets the clock of the running event loop ahead, and with it its timeouts."""
+    ahead = [0.0]
+    real = asyncio.BaseEventLoop.time
+    monkeypatch.setattr(asyncio.BaseEventLoop, "time", lambda loop: real(loop) + ahead[0])
+
+    def set_ahead(seconds: float) -> None:
+        ahead[0] += seconds
+
+    return set_ahead
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from rayvaec.serving.decoding.h5ad.sandbox import Sandbox
 from rayvaec.serving.decoding.parsing import Reader
 from rayvaec.serving.encoding.h5ad import Annotation, check_writable, write_h5ad
 from rayvaec.serving.engine.batcher import Merger, stopping
-from rayvaec.serving.engine.jobs import Job, run_jobs
+from rayvaec.serving.engine.jobs import JOB_VALUES, Job, run_jobs
 from rayvaec.serving.engine.plans import Block, Task
 from rayvaec.serving.middleware.concurrency import Slot
 from rayvaec.serving.middleware.limits import Limits
@@ -37,6 +37,9 @@ _READERS = 2
 _JOBS_AHEAD = 4
 """Jobs of a request that wait for the sampler or are at work: while an answer's pieces go out, the
 event loop comes round late, and the sampler must not stand idle until then."""
+
+_LARGEST_RESULT = 8 * JOB_VALUES
+"""Bytes of a job's result in which no count is zero: a gene and a count for each value."""
 
 _NAME_BYTES = 80
 """About what a name of a cell or gene takes as a Python string in a list."""
@@ -269,20 +272,25 @@ class Service:
         jobs = task.jobs(then)
         ahead: deque[asyncio.Task[Any]] = deque()
 
+        largest = _LARGEST_RESULT
+
         def submit() -> None:
             # Where too much waits for clients, an answer has no more than one job ahead.
-            while len(ahead) < _JOBS_AHEAD and (slot.has_room or not ahead):
+            while len(ahead) < _JOBS_AHEAD:
+                if ahead and not slot.has_room(largest * (len(ahead) + 1)):
+                    return
                 job = next(jobs, None)
                 if job is None:
                     return
                 ahead.append(asyncio.create_task(self._held(job, slot)))
 
-        tally = 0
+        tally, seen = 0, 0
         try:
             submit()
             while ahead:
                 result = await ahead[0]
                 ahead.popleft()
+                largest = seen = max(seen, _size_of(result))
                 if task.tally_bytes != tally:
                     slot.hold(task.tally_bytes - tally)
                     tally = task.tally_bytes
@@ -291,8 +299,7 @@ class Service:
                 yield result
         finally:
             for waiting in ahead:
-                waiting.cancel()
-                waiting.add_done_callback(_dropped)
+                waiting.cancel()  # or, where it has failed, keep asyncio from logging why
 
     async def _held(self, job: Job, slot: Slot) -> Any:
         result = await self._merger.submit(job)
@@ -346,12 +353,6 @@ class Service:
 
 def _same(result: Any) -> Any:
     return result
-
-
-def _dropped(task: asyncio.Task[Any]) -> None:
-    """Take the exception of a job that nobody waits for, which asyncio would log."""
-    if not task.cancelled():
-        task.exception()
 
 
 def _size_of(result: Any) -> int:

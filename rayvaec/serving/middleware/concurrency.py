@@ -108,10 +108,9 @@ class Slot:
         """Bytes of the request itself: its body, or the cells that were read of it."""
         return self._request
 
-    @property
-    def has_room(self) -> bool:
-        """Whether all requests together hold less than they may."""
-        return self._limiter.held_bytes < self._limiter.max_bytes
+    def has_room(self, n_bytes: int) -> bool:
+        """Return whether all requests together may hold so many bytes more."""
+        return self._limiter.held_bytes + n_bytes <= self._limiter.max_bytes
 
     def resize(self, n_bytes: int) -> None:
         """Set the bytes of the request itself.

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import logging
-import time
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +21,6 @@ from rayvaec.inference import posterior
 from rayvaec.protocol import ARROW, JSON, AnswerStream
 from rayvaec.serving.decoding import parsing as requests
 from rayvaec.serving.decoding.parsing import Body
-from rayvaec.serving.engine import engine
 from rayvaec.serving.middleware.auth import digest
 from rayvaec.serving.middleware.limits import Limits
 
@@ -164,17 +163,7 @@ def test_the_largest_seed_is_taken(http, body):
     assert http.post("/v1/sample", json=changed(body, seed=2**63 - 1)).json()["seed"] == 2**63 - 1
 
 
-def test_requests_at_the_same_time_do_not_change_each_other(http, body, monkeypatch):
-    merged: list[int] = []
-    run_jobs = engine.run_jobs
-    monkeypatch.setattr(
-        http.app.state.services["model"]._merger,
-        "_work",
-        lambda jobs: (
-            merged.append(len(jobs))
-            or run_jobs(http.app.state.services["model"].model.module, jobs)
-        ),
-    )
+def test_requests_at_the_same_time_do_not_change_each_other(http, body, hold_sampler):
     requests = [
         changed(body, seed=seed, n_samples=n, labels=labels)
         for seed in (7, 8)
@@ -182,9 +171,17 @@ def test_requests_at_the_same_time_do_not_change_each_other(http, body, monkeypa
         for labels in (body["labels"], body["labels"][::-1])
     ] * 3
     alone = [http.post("/v1/sample", json=request) for request in requests]
-    assert max(merged) == 1
-    together = http.together(*(("POST", "/v1/sample", {"json": r}) for r in requests))
-    assert max(merged) > 3
+    held = hold_sampler(http)
+
+    async def meanwhile() -> None:
+        await held.until_reached(len(requests))
+        held.go.set()
+
+    asked = [("POST", "/v1/sample", {"json": request}) for request in requests]
+    together = http.together(*asked, meanwhile=meanwhile)
+    # Whatever waited when the sampler began, and then all that came while it worked.
+    assert sum(held.calls) == len(requests)
+    assert max(held.calls) >= len(requests) // 2
     for one, other in zip(alone, together, strict=True):
         assert one.status_code == other.status_code == 200
         assert one.content == other.content
@@ -675,49 +672,67 @@ def test_without_a_token_only_this_machine_is_answered(serve_with, body):
     assert http.get("/healthz").status_code == 200
 
 
-def test_who_finds_no_place_is_told_when_to_come_back(serve_with, body, monkeypatch):
+def test_who_finds_no_place_is_told_when_to_come_back(serve_with, body, hold_sampler):
     http = serve_with(max_requests=2)
-    slow(http, monkeypatch, 0.3)
+    held, late = hold_sampler(http), []
+
+    async def meanwhile() -> None:
+        await held.until_reached(2)
+        async with http.client() as client:
+            late.extend([await client.post("/v1/sample", json=body) for _ in range(2)])
+            late.append(await client.get("/healthz"))
+        held.go.set()
+
     work = ("POST", "/v1/sample", {"json": body})
-    *answers, health = http.together(work, work, work, work, ("GET", "/healthz", {}))
-    assert sorted(answer.status_code for answer in answers) == [200, 200, 429, 429]
-    assert health.status_code == 200
-    for answer in answers:
-        if answer.status_code == 429:
-            assert problem(answer, 429)["error"] == "queue_full"
-            assert int(answer.headers["Retry-After"]) >= 1
+    answers = http.together(work, work, meanwhile=meanwhile)
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert late.pop().status_code == 200
+    for answer in late:
+        assert problem(answer, 429)["error"] == "queue_full"
+        assert int(answer.headers["Retry-After"]) >= 1
     assert http.post("/v1/sample", json=body).status_code == 200
 
 
-def test_work_that_takes_too_long_is_given_up(serve_with, body, monkeypatch):
-    http = serve_with(timeout_s=0.1)
-    slow(http, monkeypatch, 1.0)
-    for accept in (JSON, ARROW):
-        response = http.post("/v1/sample", json=body, headers={"Accept": accept})
-        assert problem(response, 504)["error"] == "timeout"
+@pytest.mark.parametrize("accept", [JSON, ARROW])
+def test_work_that_takes_too_long_is_given_up(serve_with, body, hold_sampler, clock, accept):
+    http = serve_with(timeout_s=60)
+    held = hold_sampler(http)
+
+    async def meanwhile() -> None:
+        await held.until_reached(1)
+        clock(61)
+
+    work = ("POST", "/v1/sample", {"json": body, "headers": {"Accept": accept}})
+    (response,) = http.together(work, meanwhile=meanwhile)
+    held.go.set()
+    assert problem(response, 504)["error"] == "timeout"
 
 
-def test_an_answer_that_has_begun_is_not_timed(serve_with, body, monkeypatch):
-    http = serve_with(timeout_s=0.5)
+def test_an_answer_that_has_begun_is_not_timed(serve_with, body, monkeypatch, clock):
+    http = serve_with(timeout_s=60)
     monkeypatch.setattr("rayvaec.serving.engine.jobs.JOB_VALUES", 1)
-    slow(http, monkeypatch, 0.2)
-    request = changed(body, n_samples=64)
-    response = http.post("/v1/sample", json=request, headers={"Accept": ARROW})
-    assert len(AnswerStream([response.content]).draws().cells) == 5 * 64
+    request = changed(body, n_samples=640)
+    sent: list[bytes] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body", b""))
+        if message["type"] == "http.response.start":
+            clock(61)
+
+    coming = [{"type": "http.request", "body": json.dumps(request).encode()}]
+
+    async def receive() -> Any:
+        return coming.pop() if coming else await asyncio.Event().wait()
+
+    headers = {"host": "localhost", "content-type": JSON, "accept": ARROW}
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": "POST", "path": "/v1/sample", "headers": raw}
+    scope |= {"query_string": b"", "server": ("127.0.0.1", 8000)}
+    asyncio.run(http.app(scope, receive, send))
+    assert len(AnswerStream([b"".join(sent)]).draws().cells) == 5 * 640
 
 
-def slow(http: Any, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    merger = http.app.state.services["model"]._merger
-    work = merger._work
-
-    def late(jobs: list[Any]) -> Any:
-        time.sleep(seconds)
-        return work(jobs)
-
-    monkeypatch.setattr(merger, "_work", late)
-
-
-def test_cells_that_cannot_be_drawn_are_refused_alone(http, body, monkeypatch):
+def test_cells_that_cannot_be_drawn_are_refused_alone(http, body, monkeypatch, hold_sampler):
     draw = posterior.draw
 
     def fails_for_large(module: Any, cells: Any, *args: Any, **kwargs: Any) -> Any:
@@ -726,11 +741,18 @@ def test_cells_that_cannot_be_drawn_are_refused_alone(http, body, monkeypatch):
         return draw(module, cells, *args, **kwargs)
 
     monkeypatch.setattr(posterior, "draw", fails_for_large)
-    slow(http, monkeypatch, 0.05)
+    held = hold_sampler(http)
+
+    async def meanwhile() -> None:
+        await held.until_reached(5)
+        held.go.set()
+
     huge = changed(body, cells={"counts": [2**31 - 1] * len(body["cells"]["counts"])})
     requests = [("POST", "/v1/sample", {"json": r}) for r in (body, huge, body, huge, body)]
-    statuses = [answer.status_code for answer in http.together(*requests)]
-    assert statuses == [200, 422, 200, 422, 200]
+    answers = http.together(*requests, meanwhile=meanwhile)
+    assert [answer.status_code for answer in answers] == [200, 422, 200, 422, 200]
+    assert sum(held.calls) == 5
+    assert max(held.calls) >= 3
 
 
 def test_a_failure_of_the_server_tells_nothing(serve_with, body, monkeypatch, caplog):

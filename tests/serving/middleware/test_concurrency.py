@@ -6,8 +6,7 @@ import asyncio
 import gzip
 import json
 import sys
-import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pyarrow as pa
@@ -139,9 +138,11 @@ def test_bytes_are_shared_and_what_does_not_fit_changes_nothing():
             other.resize(41)
         assert limiter.held_bytes == 60
         other.resize(40)
-        assert not one.has_room
+        assert one.has_room(0)
+        assert not one.has_room(1)
         one.resize(10)
-        assert one.has_room
+        assert one.has_room(50)
+        assert not one.has_room(51)
         other.resize(90)
         one.hold(30)  # a result is there already: it is counted, not refused
         assert limiter.held_bytes == 130
@@ -166,75 +167,68 @@ CELLS = {
 CELLS["cells"]["counts"] = [1] * 2000  # type: ignore[index]
 
 
-class Held:
-    """Stops the sampler of an application until it is let go."""
+NO_COUNTS = {
+    "cells": {"indptr": [0, 0], "indices": [], "counts": []},
+    "labels": ["type_0"],
+    "n_samples": 1,
+}
 
-    def __init__(self, http: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.http, self.go, self.began = http, threading.Event(), threading.Event()
-        merger = http.app.state.services["model"]._merger
-        work = merger._work
 
-        def held(jobs: list[Any]) -> Any:
-            self.began.set()
-            assert self.go.wait(20)
-            return work(jobs)
-
-        monkeypatch.setattr(merger, "_work", held)
-
-    def beside(self, first: dict[str, Any], *others: dict[str, Any]) -> list[Any]:
-        """Send requests while the first is at work; return all answers."""
-
-        async def rest(client: Any) -> list[Any]:
-            one = asyncio.create_task(client.post("/v1/sample", **first))
-            await asyncio.to_thread(self.began.wait, 60)
-            more = [await client.post("/v1/sample", **other) for other in others]
-            self.go.set()
-            return [await one, *more]
-
-        return asyncio.run(self._with_client(rest))
-
-    async def _with_client(self, use: Callable[[Any], Any]) -> Any:
-        import httpx
-
-        transport = httpx.ASGITransport(self.http.app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(
-            transport=transport, base_url=self.http.base_url, timeout=60
-        ) as client:
-            return await use(client)
+def packed(body: bytes) -> dict[str, Any]:
+    """Return a request whose body is compressed."""
+    headers = {"Content-Type": JSON, "Content-Encoding": "gzip"}
+    return {"content": gzip.compress(body), "headers": headers}
 
 
 def kept(http: Any) -> int:
     return int(http.app.state.limiter.held_bytes)
 
 
-@pytest.mark.parametrize("gzipped", [False, True])
-def test_requests_that_hold_too_much_turn_others_away(serve_with, monkeypatch, gzipped):
+@pytest.mark.parametrize("second", ["plain", "gzipped", "blown up"])
+def test_requests_that_hold_too_much_turn_others_away(serve_with, hold_sampler, second):
     # Twenty cells of a hundred counts take 18,000 bytes in arrays, and 14,000 as JSON.
     http = serve_with(max_body_bytes=24_000, max_held_bytes=26_000)
     body = json.dumps(CELLS).encode()
-    headers = {"Content-Type": JSON, **({"Content-Encoding": "gzip"} if gzipped else {})}
-    request = {"content": gzip.compress(body) if gzipped else body, "headers": headers}
     assert len(body) > 12_000
-    held = Held(http, monkeypatch)
-    first, refused = held.beside(request, request)
+    request = {"content": body, "headers": {"Content-Type": JSON}}
+    other = {
+        "plain": request,
+        "gzipped": packed(body),
+        "blown up": packed(json.dumps(NO_COUNTS).encode() + b" " * 20_000),
+    }[second]
+    held, late = hold_sampler(http), []
+
+    async def meanwhile() -> None:
+        await held.until_reached(1)
+        async with http.client() as client:
+            late.append(await client.post("/v1/sample", **other))
+        held.go.set()
+
+    (first,) = http.together(("POST", "/v1/sample", request), meanwhile=meanwhile)
+    (refused,) = late
     assert first.status_code == 200
     assert refused.status_code == 429
     assert refused.json()["error"] == "memory_full"
     assert int(refused.headers["Retry-After"]) >= 1
     assert kept(http) == 0
-    assert http.post("/v1/sample", **request).status_code == 200
+    assert http.post("/v1/sample", **other).status_code == 200
     text = http.get("/metrics").text
     assert 'rayvaec_rejected_total{reason="memory_full",replica="only"} 1.0' in text
 
 
 @pytest.mark.parametrize("accept", [JSON, H5AD])
-def test_an_answer_that_is_kept_whole_is_counted(serve_with, accept):
+def test_an_answer_that_is_kept_whole_is_counted(serve_with, accept, monkeypatch, hold_sampler):
+    monkeypatch.setattr("rayvaec.serving.engine.jobs.JOB_VALUES", 1)
     roomy = serve_with(max_body_bytes=10_000, max_held_bytes=10_000_000)
     tight = serve_with(max_body_bytes=10_000, max_held_bytes=20_000)
     request = {"json": {**NEW, "n_samples": 200}, "headers": {"Accept": accept}}
+    counted, given_up = hold_sampler(roomy), hold_sampler(tight)
+    counted.go.set()
+    given_up.go.set()
     assert roomy.post("/v1/generate", **request).status_code == 200
     answer = tight.post("/v1/generate", **request)
     assert answer.status_code == 413
+    assert sum(given_up.calls) < sum(counted.calls) // 2
     assert "20,000 bytes" in answer.json()["detail"]
     assert tight.post("/v1/generate", json=NEW).status_code == 200
     request["headers"]["Accept"] = ARROW  # in pieces

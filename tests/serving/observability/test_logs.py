@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -148,14 +149,17 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(name)s %(message)s"))
     logging.getLogger().addHandler(handler)
-    monkeypatch.setattr(logging.getLogger(), "level", logging.DEBUG)
-    for logger in (logs.logger, logs.access):
-        monkeypatch.setattr(logger, "level", logging.DEBUG)
+    levels = {"": 1, "rayvaec": 1, "rayvaec.access": 1, "httpx": logging.WARNING}  # the client's
+    loggers = {logging.getLogger(name): level for name, level in levels.items()}
+    before = [(logger, logger.level) for logger in loggers]
+    for logger, level in loggers.items():
+        logger.setLevel(level)
         monkeypatch.setattr(logger, "propagate", True)
-    monkeypatch.setattr(logging.getLogger("httpx"), "level", logging.WARNING)  # the client's
     logs.hide_values()
     yield stream.getvalue
     logging.getLogger().removeHandler(handler)
+    for logger, level in before:
+        logger.setLevel(level)
 
 
 def test_refusals_leave_no_values_in_logs(
@@ -234,6 +238,30 @@ def test_failures_leave_their_kind_and_no_values(
     assert ("broke off after its answer had begun" in text) == begun
     assert (kind.__name__ in text) == (kind is not CountsError)
     assert "Task exception was never retrieved" not in text
+
+
+def test_jobs_that_fail_behind_one_that_failed_say_nothing(
+    serve_with: Any, monkeypatch: Any, logged: Any, hold_sampler: Any
+) -> None:
+    http = serve_with()
+    monkeypatch.setattr("rayvaec.serving.engine.jobs.JOB_VALUES", 1)
+    merger = http.app.state.services["model"]._merger
+    monkeypatch.setattr(merger, "_work", Fails(merger._work, CountsError(MARK), 0))
+    held = hold_sampler(http)
+
+    async def meanwhile() -> None:
+        logs.hide_values_of_tasks(asyncio.get_running_loop())
+        await held.until_reached(4)
+        held.go.set()
+        while merger._at_work:  # all have failed before the event loop hears of the first
+            time.sleep(0.001)
+
+    body = {**NEW, "n_cells": 500, "n_samples": 10}
+    (reply,) = http.together(("POST", "/v1/generate", {"json": body}), meanwhile=meanwhile)
+    gc.collect()
+    assert reply.status_code == 422
+    assert sum(held.calls) == 4
+    assert "CountsError" not in logged()
 
 
 def test_what_breaks_an_answer_off_carries_nothing(serve_with: Any, monkeypatch: Any) -> None:
