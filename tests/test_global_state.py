@@ -124,7 +124,8 @@ def state():
             torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()]
 before = state()
 import rayvaec
-from rayvaec.inference import bulk, trained
+from rayvaec.inference import trained_model
+from rayvaec.inference.bulk import api
 from rayvaec.serving import service
 from rayvaec.training import loop, worker
 rayvaec.load_model, rayvaec.training

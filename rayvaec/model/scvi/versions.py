@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from rayvaec.errors import ConfigError, ModelError
 from rayvaec.model.vaec import VAEC
@@ -207,6 +208,25 @@ def build(arguments: Mapping[str, Any], state: State) -> VAEC:
     return module.eval()
 
 
+_RANDOM_INIT = {
+    Tensor.uniform_,
+    Tensor.normal_,
+    nn.init.uniform_,
+    nn.init.normal_,
+    nn.init.kaiming_uniform_,
+}
+
+
+class _SkipRandomInit(TorchFunctionMode):
+    """Leaves out random start values; on `meta`, torch loads half a second of modules for them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _RANDOM_INIT:
+            return args[0] if args else kwargs["tensor"]
+        return (torch.empty if func is torch.randn else func)(*args, **kwargs)
+
+
 def without_memory(arguments: Mapping[str, Any]) -> VAEC:
     """Make a VAEC whose weights have shapes and no values, on torch's `meta` device.
 
@@ -223,7 +243,7 @@ def without_memory(arguments: Mapping[str, Any]) -> VAEC:
     VAEC
         For `fill`.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _SkipRandomInit():
         return VAEC(**arguments)
 
 
