@@ -126,8 +126,9 @@ before = state()
 import rayvaec
 from rayvaec.inference import trained_model
 from rayvaec.inference.bulk import api
-from rayvaec.serving import service
-from rayvaec.training import loop, worker
+from rayvaec.serving.engine import engine
+from rayvaec.training import loop
+from rayvaec.training.driver import train_fn
 rayvaec.load_model, rayvaec.training
 {change or "pass"}
 sys.exit(state() != before)
