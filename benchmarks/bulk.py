@@ -189,8 +189,12 @@ def measure(options: Namespace, folder: Path) -> None:
 
     if "latent" in options.only:
         ours = compared(
-            *("bulk_latent", options.n_cells, lambda part: posterior.latent(module, part), some),
-            *(api.embed_store, *paths),
+            "bulk_latent",
+            options.n_cells,
+            lambda part: posterior.latent(module, part),
+            some,
+            api.embed_store,
+            *paths,
         )
         peer = scvi_latent(some, model.registry)
         line(
@@ -202,23 +206,37 @@ def measure(options: Namespace, folder: Path) -> None:
         )
     if "expression" in options.only:
         compared(
-            *("bulk_expression_by_label", options.n_cells),
-            *(lambda part: posterior.expression(module, part), [some[0].part(0, 4096)]),
-            *(api.expression_store, *paths),
+            "bulk_expression_by_label",
+            options.n_cells,
+            lambda part: posterior.expression(module, part),
+            [some[0].part(0, 4096)],
+            api.expression_store,
+            *paths,
             by_label=True,
         )
     if "moments" in options.only:
         moments = Moments(draws, 0, reduce)
         compared(
-            *("bulk_moments", options.few_cells, lambda part: moments.values(module, part)),
-            *([some[0].part(0, 2048)], api.sample_store, paths[0], few, draws),
+            "bulk_moments",
+            options.few_cells,
+            lambda part: moments.values(module, part),
+            [some[0].part(0, 2048)],
+            api.sample_store,
+            paths[0],
+            few,
+            draws,
             reduce=reduce,
         )
     if "draws" in options.only:
         compared(
-            *("bulk_draws", options.few_cells),
-            *(lambda part: posterior.draw(module, part, draws, 0), [some[0].part(0, 2048)]),
-            *(api.sample_store, paths[0], few, draws),
+            "bulk_draws",
+            options.few_cells,
+            lambda part: posterior.draw(module, part, draws, 0),
+            [some[0].part(0, 2048)],
+            api.sample_store,
+            paths[0],
+            few,
+            draws,
         )
     if "memory" in options.only:
         sizes = [run_bulk(api.embed_store, paths[0], path)["worker_mib"] for path in (few, store)]

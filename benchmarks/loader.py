@@ -64,14 +64,21 @@ def write_store(folder: Path, options: argparse.Namespace) -> None:
         rows = min(options.partition_cells, n - start)
         indptr, indices, counts = random_cells(rng, rows, seen, rate)
         cells = PartitionCells(
-            *(indptr, indices, counts),
+            indptr=indptr,
+            indices=indices,
+            counts=counts,
             names=[f"cell{start + i}" for i in range(rows)],
             labels=rng.integers(0, 3, rows),
         )
         partitions.append(
             write_partition(
-                *(folder, f"dataset_{k}", cells, registry),
-                CountsDtypes(np.dtype("uint16"), np.dtype("uint16" if g <= 2**16 else "uint32")),
+                folder=folder,
+                name=f"dataset_{k}",
+                cells=cells,
+                registry=registry,
+                dtypes=CountsDtypes(
+                    np.dtype("uint16"), np.dtype("uint16" if g <= 2**16 else "uint32")
+                ),
                 codec=options.codec,
                 rows_per_chunk=options.rows_per_chunk,
             )
@@ -205,7 +212,8 @@ def rates(work: Callable[[], int]) -> tuple[float, float]:
 def measure(store: Store, options: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
     """Time every way, in turns."""
     loader = Loader(
-        *(store, options.batch_size),
+        store=store,
+        batch_size=options.batch_size,
         lanes=LANES,
         block_rows=BLOCK_ROWS,
         buffer_rows=BUFFER_ROWS,

@@ -325,7 +325,10 @@ def main() -> None:
     for batch_size in options.modelled_batch_sizes:
         for nodes in options.nodes:
             cluster = Cluster(
-                *(nodes, options.workers_per_node, options.gbit, options.latency_us),
+                nodes,
+                options.workers_per_node,
+                options.gbit,
+                options.latency_us,
                 options.price_per_hour,
             )
             if cluster.workers > options.lanes:

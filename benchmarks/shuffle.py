@@ -86,7 +86,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, fl
     for name, order in (("shuffled_store", labels), ("sorted_store", np.sort(labels))):
         write_store(folder / name, order, options.n_labels)
         loader = Loader(
-            *(open_store(folder / name), size),
+            store=open_store(folder / name),
+            batch_size=size,
             lanes=options.lanes,
             block_rows=options.block_rows,
             buffer_rows=options.buffer_rows,

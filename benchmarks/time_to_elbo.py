@@ -306,7 +306,7 @@ def _prepare(options: argparse.Namespace, work: Path) -> tuple[AnnData, AnnData]
         del atlas.obs["batch"]
     else:
         atlas = draw_atlas(
-            *(options.model, n_cells, options.n_genes, options.mean_library, options.seed)
+            options.model, n_cells, options.n_genes, options.mean_library, options.seed
         )
     atlas.write_h5ad(work / "atlas.h5ad")
     command = [sys.executable, "-m", "rayvaec", "prepare", str(work / "atlas.h5ad")]

@@ -62,8 +62,15 @@ def _demo(out: Path, n_cells: int) -> None:
     _rayvaec("train", store, "--out", run, "--max-epochs", "8", "--num-workers", workers)
     _step("4. five posterior-predictive draws of every cell")
     _rayvaec(
-        *("sample", f"{run}/model", store, "--out", drawn, "--n-samples", "5"),
-        *("--num-workers", workers),
+        "sample",
+        f"{run}/model",
+        store,
+        "--out",
+        drawn,
+        "--n-samples",
+        "5",
+        "--num-workers",
+        workers,
     )
     _compare(store, drawn)
     _step("5. the model behind HTTP")

@@ -96,7 +96,7 @@ def test_a_mistyped_option_points_to_its_verb(run, verb):
 def test_simulate_prepare_inspect(run, tmp_path):
     atlas, store = tmp_path / "atlas.h5ad", tmp_path / "store"
     code, out, _ = run(
-        *("simulate", "--out", atlas, "--n-cells", 300, "--n-genes", 50, "--n-labels", 3)
+        "simulate", "--out", atlas, "--n-cells", 300, "--n-genes", 50, "--n-labels", 3
     )
     assert code == 0
     assert f"rayvaec prepare {atlas}" in out
@@ -185,8 +185,12 @@ def test_prepare_refuses_bad_data_and_leaves_nothing(run, adata, tmp_path, chang
     change(bad)
     bad.write_h5ad(tmp_path / "bad.h5ad")
     result = run(
-        *("prepare", tmp_path / "bad.h5ad", "--out", tmp_path / "store"),
-        *("--labels-key", "cell_type"),
+        "prepare",
+        tmp_path / "bad.h5ad",
+        "--out",
+        tmp_path / "store",
+        "--labels-key",
+        "cell_type",
     )
     mistake(result, "bad.h5ad", *words)
     assert [path.name for path in tmp_path.iterdir()] == ["bad.h5ad"]
@@ -201,8 +205,12 @@ def test_prepare_lists_the_columns_there_are(run, atlas_h5ad, tmp_path):
 def test_prepare_refuses_no_cells(run, adata, tmp_path):
     adata[:0].copy().write_h5ad(tmp_path / "empty.h5ad")
     result = run(
-        *("prepare", tmp_path / "empty.h5ad", "--out", tmp_path / "store"),
-        *("--labels-key", "cell_type"),
+        "prepare",
+        tmp_path / "empty.h5ad",
+        "--out",
+        tmp_path / "store",
+        "--labels-key",
+        "cell_type",
     )
     mistake(result, "no cells")
 
@@ -268,8 +276,16 @@ def test_more_workers_than_lanes_or_cpus_are_refused_at_once(ray_local, run, sto
 
 def test_settings_are_refused_with_the_nearest_names_all_at_once(run, store_path, tmp_path):
     result = run(
-        *("train", store_path, "--out", tmp_path / "run", "--set", "batchsize=128"),
-        *("--set", "lr=-1", "--num-workers", "0"),
+        "train",
+        store_path,
+        "--out",
+        tmp_path / "run",
+        "--set",
+        "batchsize=128",
+        "--set",
+        "lr=-1",
+        "--num-workers",
+        "0",
     )
     mistake(result, "'batchsize'", "'batch_size'", "lr=-1", "num_workers=0")
     result = run("train", store_path, "--out", tmp_path / "run", "--batch-size", "100")

@@ -50,7 +50,7 @@ class Part:
         return Part(self.first + skip, self.n_cells - skip, rest, self.facts)
 
 
-class Collector:
+class RowAssembler:
     """Takes rows out of a running answer, cell by cell.
 
     Parameters

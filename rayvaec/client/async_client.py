@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayvaec.client.anndata_io import Form, cells_of, moments_as, rows_as
-from rayvaec.client.assembly import PART_BYTES, Collector, Part, whole
-from rayvaec.client.chunking import GivenCells, Portions, new_cells, portions
-from rayvaec.client.errors import TurnedAwayError, check
-from rayvaec.client.retry import Attempts, Patience
-from rayvaec.client.transport import AsyncLink, Link
+from rayvaec.client.assembly import PART_BYTES, Part, RowAssembler, whole
+from rayvaec.client.chunking import GivenCells, RequestChunks, chunk_requests, new_cells
+from rayvaec.client.errors import RetryableError, check
+from rayvaec.client.retry import Attempts, RetryPolicy
+from rayvaec.client.transport import AsyncTransport, Transport
 from rayvaec.errors import ConfigError, ConflictError, RequestError
 from rayvaec.protocol import ARROW, AnswerStream
 from rayvaec.util.messages import Names, as_names
@@ -72,24 +72,35 @@ class AsyncClient:
         deadline: float = 600.0,
         progress: bool = False,
     ) -> None:
-        link = AsyncLink(httpx.AsyncClient(**settings(url, token, timeout)))
-        self._take(link, url, model, Patience(retries, deadline), progress)
+        transport = AsyncTransport(httpx.AsyncClient(**settings(url, token, timeout)))
+        self._take(transport, url, model, RetryPolicy(retries, deadline), progress)
 
     def _take(
-        self, link: Link, url: str, model: str | None, patience: Patience, progress: bool
+        self,
+        transport: Transport,
+        url: str,
+        model: str | None,
+        retry_policy: RetryPolicy,
+        progress: bool,
     ) -> None:
-        self.url, self._link = url.rstrip("/"), link
+        self.url, self._transport = url.rstrip("/"), transport
         self._routes = "/v1" if model is None else f"/v1/models/{quote(model, safe='')}"
-        self._patience, self._progress = patience, progress
+        self._retry_policy, self._progress = retry_policy, progress
         self._model: dict[str, Any] | None = None
 
     @classmethod
     def over(
-        cls, link: Link, url: str, *, model: str | None, patience: Patience, progress: bool
+        cls,
+        transport: Transport,
+        url: str,
+        *,
+        model: str | None,
+        retry_policy: RetryPolicy,
+        progress: bool,
     ) -> AsyncClient:
-        """Return a client over another link than that of an event loop."""
+        """Return a client over another transport."""
         client = cls.__new__(cls)
-        client._take(link, url, model, patience, progress)
+        client._take(transport, url, model, retry_policy, progress)
         return client
 
     async def __aenter__(self) -> Self:
@@ -100,28 +111,28 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._link.close()
+        await self._transport.close()
 
     async def ready(self) -> bool:
         """Return whether the server answers and its model is loaded; waits 5 seconds at most."""
         try:
-            async with self._link.ask("GET", "/readyz", timeout=_READY_TIMEOUT_S) as reply:
+            async with self._transport.ask("GET", "/readyz", timeout=_READY_TIMEOUT_S) as reply:
                 return reply.status == 200
         except httpx.TransportError:
             return False
 
     async def model(self) -> dict[str, Any]:
         """Ask for the model, as `Client.model`."""
-        attempts = self._patience.attempts()
+        attempts = self._retry_policy.attempts()
         while True:
             try:
                 return await self._ask_for_model(attempts)
-            except (TurnedAwayError, RequestError, httpx.TransportError) as error:
-                await self._link.sleep(attempts.wait(self.url, error))
+            except (RetryableError, RequestError, httpx.TransportError) as error:
+                await self._transport.sleep(attempts.wait(self.url, error))
 
     async def _ask_for_model(self, attempts: Attempts) -> dict[str, Any]:
         path, timeout = f"{self._routes}/model", attempts.left
-        async with self._link.ask("GET", path, timeout=timeout) as reply:
+        async with self._transport.ask("GET", path, timeout=timeout) as reply:
             self._model = json.loads(await (await check(reply)).whole())
         return self._model
 
@@ -231,13 +242,13 @@ class AsyncClient:
         )
 
     async def _answers(
-        self, what: str, cells: Portions, asked: Mapping[str, Any]
+        self, what: str, cells: RequestChunks, asked: Mapping[str, Any]
     ) -> AsyncGenerator[Part, None]:
         """Yield all cells' rows, part by part, from as many requests as it takes."""
         model = self._model or await self.model()
         facts: Mapping[str, Any] | None = None
         with _Bar(len(cells), what, shown=self._progress) as bar:
-            for start, stop in portions(cells, model, asked):
+            for start, stop in chunk_requests(cells, model, asked):
                 async with aclosing(self._portion(what, cells, start, stop, asked)) as parts:
                     async for part in parts:
                         facts = _same_model(facts or part.facts, part.facts)
@@ -245,10 +256,10 @@ class AsyncClient:
                         yield part
 
     async def _portion(
-        self, what: str, cells: Portions, start: int, stop: int, asked: Mapping[str, Any]
+        self, what: str, cells: RequestChunks, start: int, stop: int, asked: Mapping[str, Any]
     ) -> AsyncGenerator[Part, None]:
         """Yield some cells' rows; after a failure, ask for those that have not come."""
-        done, attempts = start, self._patience.attempts()
+        done, attempts = start, self._retry_policy.attempts()
         while True:
             first = done if cells.named else start
             body = cells.body(first, stop, asked)
@@ -259,10 +270,10 @@ class AsyncClient:
                         if (new := part.beyond(done)) is not None:
                             done = new.first + new.n_cells
                             yield new
-                            attempts.succeeded()
+                            attempts.reset()
                 return
-            except (TurnedAwayError, RequestError, httpx.TransportError) as error:
-                await self._link.sleep(attempts.wait(self.url, error))
+            except (RetryableError, RequestError, httpx.TransportError) as error:
+                await self._transport.sleep(attempts.wait(self.url, error))
 
     async def _answer(
         self, what: str, body: bytes, first: int, asked: Mapping[str, Any], attempts: Attempts
@@ -270,12 +281,12 @@ class AsyncClient:
         """Send one request and yield its rows; end with an error unless all have come."""
         dense = what not in ("sample", "generate") or bool(asked.get("reduce"))
         stream = AnswerStream()
-        rows = Collector(stream, first, 1 if dense else asked["n_samples"], dense)
+        rows = RowAssembler(stream, first, 1 if dense else asked["n_samples"], dense)
         path, timeout = f"{self._routes}/{what}", attempts.left
-        async with self._link.ask("POST", path, body, timeout=timeout) as reply:
+        async with self._transport.ask("POST", path, body, timeout=timeout) as reply:
             await check(reply)
             async for chunk in reply.chunks:
-                attempts.heard()
+                attempts.record_progress()
                 stream.feed(chunk)
                 if stream.n_waiting >= PART_BYTES and (part := rows.take()) is not None:
                     yield part

@@ -20,7 +20,7 @@ _BYTES_PER_CELL = 64  # offsets, and more than their padding
 _BYTES_PER_STREAM = 4096
 
 
-class Portions(Protocol):
+class RequestChunks(Protocol):
     """Cells that can be sent in parts."""
 
     @property
@@ -182,14 +182,14 @@ def _not_one_per_cell(name: str, shape: tuple[int, ...], n_cells: int) -> Config
     return ConfigError(f"{name} has {found} values for {n_cells} cells", "give one per cell")
 
 
-def portions(
-    cells: Portions, model: Mapping[str, Any], parameters: Mapping[str, Any]
+def chunk_requests(
+    cells: RequestChunks, model: Mapping[str, Any], parameters: Mapping[str, Any]
 ) -> list[tuple[int, int]]:
     """Cut cells into requests that keep the server's limits.
 
     Parameters
     ----------
-    cells : Portions
+    cells : RequestChunks
         All cells.
     model : mapping
         What /v1/model says.

@@ -10,7 +10,7 @@ from rayvaec.client.transport import Reply
 from rayvaec.errors import RequestError
 
 
-class TurnedAwayError(Exception):
+class RetryableError(Exception):
     """A failure that may not be one the next time.
 
     Parameters
@@ -43,7 +43,7 @@ async def check(reply: Reply) -> Reply:
     ------
     RequestError
         With the server's words.
-    TurnedAwayError
+    RetryableError
         If the request may be let in later.
     """
     if reply.status < 400:
@@ -58,7 +58,7 @@ async def check(reply: Reply) -> Reply:
     )
     # A 5xx without the endpoint's own body comes from the proxy before it: its replica is gone.
     if reply.status in (429, 503) or (reply.status >= 500 and not said):
-        raise TurnedAwayError(failure, _retry_after(reply.headers.get("Retry-After", "")))
+        raise RetryableError(failure, _retry_after(reply.headers.get("Retry-After", "")))
     raise failure
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from rayvaec.client.errors import TurnedAwayError
+from rayvaec.client.errors import RetryableError
 from rayvaec.errors import RequestError, UnavailableError
 
 LONGEST_WAIT_S = 60.0
@@ -19,7 +19,7 @@ _USELESS = (httpx.UnsupportedProtocol, httpx.LocalProtocolError)
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """What a call may take.
 
     Parameters
@@ -43,27 +43,27 @@ class Attempts:
 
     Parameters
     ----------
-    patience : Patience
+    retry_policy : RetryPolicy
         What they may take.
     """
 
-    def __init__(self, patience: Patience) -> None:
-        self._patience = patience
-        self.succeeded()
+    def __init__(self, retry_policy: RetryPolicy) -> None:
+        self._retry_policy = retry_policy
+        self.reset()
 
     @property
     def left(self) -> float:
         """Seconds that the next attempt may wait for an answer; never none at all."""
         return max(self._until - time.monotonic(), 1e-3)
 
-    def heard(self) -> None:
+    def record_progress(self) -> None:
         """Note that some of an answer has come."""
-        self._until = time.monotonic() + self._patience.deadline
+        self._until = time.monotonic() + self._retry_policy.deadline
 
-    def succeeded(self) -> None:
+    def reset(self) -> None:
         """Note that what an attempt has brought need not be asked for again, and is used."""
         self._failures = 0
-        self.heard()
+        self.record_progress()
 
     def wait(self, url: str, error: Exception) -> float:
         """Return the seconds to wait until the next attempt.
@@ -86,7 +86,7 @@ class Attempts:
             If another attempt is of no use, or there have been enough.
         """
         asked = 0.0
-        if isinstance(error, TurnedAwayError):
+        if isinstance(error, RetryableError):
             failure, asked = error.failure, error.wait
         elif isinstance(error, httpx.TransportError):
             failure = _unreachable(url, error)
@@ -98,7 +98,7 @@ class Attempts:
             raise error
         own = _FIRST_WAIT_S * 2**self._failures * random.uniform(1.0, 1.5)  # noqa: S311 - no secret
         wait = min(asked + own, LONGEST_WAIT_S)
-        if self._failures >= self._patience.retries or wait >= self.left:
+        if self._failures >= self._retry_policy.retries or wait >= self.left:
             raise failure
         self._failures += 1
         return wait

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from rayvaec.client.anndata_io import Form
 from rayvaec.client.async_client import AsyncClient, settings
-from rayvaec.client.retry import Patience
-from rayvaec.client.transport import BlockingLink, finished, stepped
+from rayvaec.client.retry import RetryPolicy
+from rayvaec.client.transport import BlockingTransport, finished, stepped
 from rayvaec.util.messages import Names
 
 if TYPE_CHECKING:
@@ -54,12 +54,12 @@ class Client:
         deadline: float = 600.0,
         progress: bool = False,
     ) -> None:
-        link = BlockingLink(httpx.Client(**settings(url, token, timeout)))
-        patience = Patience(retries, deadline)
-        self._asking = AsyncClient.over(
-            link, url, model=model, patience=patience, progress=progress
+        transport = BlockingTransport(httpx.Client(**settings(url, token, timeout)))
+        retry_policy = RetryPolicy(retries, deadline)
+        self._client = AsyncClient.over(
+            transport, url, model=model, retry_policy=retry_policy, progress=progress
         )
-        self.url = self._asking.url
+        self.url = self._client.url
 
     def __enter__(self) -> Self:
         return self
@@ -69,11 +69,11 @@ class Client:
 
     def close(self) -> None:
         """Close the connections."""
-        finished(self._asking.close())
+        finished(self._client.close())
 
     def ready(self) -> bool:
         """Return whether the server answers and its model is loaded; waits 5 seconds at most."""
-        return finished(self._asking.ready())
+        return finished(self._client.ready())
 
     def model(self) -> dict[str, Any]:
         """Ask for the model: genes, labels, configuration, hashes and limits.
@@ -88,7 +88,7 @@ class Client:
         RequestError
             If the request is refused or no server answers.
         """
-        return finished(self._asking.model())
+        return finished(self._client.model())
 
     def sample(
         self,
@@ -152,8 +152,11 @@ class Client:
             If `adata` is not an AnnData in memory, lacks a column or layer, or holds values that
             are not counts.
         """
-        work = self._asking.sample(
-            *(adata, labels_key, n_samples, seed),
+        work = self._client.sample(
+            adata,
+            labels_key,
+            n_samples,
+            seed,
             layer=layer,
             batch_key=batch_key,
             reduce=reduce,
@@ -193,7 +196,7 @@ class Client:
         RequestError, CountsError
             As `sample`.
         """
-        return stepped(self._asking.iter_sample(adata, labels_key, n_samples, seed, **options))
+        return stepped(self._client.iter_sample(adata, labels_key, n_samples, seed, **options))
 
     def generate(
         self,
@@ -239,8 +242,10 @@ class Client:
         RequestError
             As `sample`.
         """
-        work = self._asking.generate(
-            *(labels, library, n_cells),
+        work = self._client.generate(
+            labels,
+            library,
+            n_cells,
             n_samples=n_samples,
             seed=seed,
             cell_ids=cell_ids,
@@ -273,7 +278,7 @@ class Client:
         RequestError, CountsError
             As `sample`.
         """
-        return finished(self._asking.latent(adata, labels_key, **alignment))
+        return finished(self._client.latent(adata, labels_key, **alignment))
 
     def expression(
         self,
@@ -301,5 +306,5 @@ class Client:
         RequestError, CountsError
             As `sample`.
         """
-        work = self._asking.expression(adata, labels_key, out_genes=out_genes, **alignment)
+        work = self._client.expression(adata, labels_key, out_genes=out_genes, **alignment)
         return finished(work)

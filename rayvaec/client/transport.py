@@ -1,7 +1,8 @@
 """HTTP transports of the client, asynchronous and blocking.
 
 What is asked and how is written once, as coroutines (`rayvaec.client.async_client`). Over a
-`BlockingLink` these never wait for an event loop, so that `finished` runs them through at once.
+`BlockingTransport` these never wait for an event loop, so that `finished` runs them through at
+once.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Reply:
         return b"".join([chunk async for chunk in self.chunks])
 
 
-class Link(Protocol):
+class Transport(Protocol):
     """Requests and waits."""
 
     def ask(
@@ -65,7 +66,7 @@ class Link(Protocol):
         ...
 
 
-class AsyncLink:
+class AsyncTransport:
     """Waits on an event loop.
 
     Parameters
@@ -81,7 +82,7 @@ class AsyncLink:
     async def ask(
         self, method: str, path: str, body: bytes | None = None, *, timeout: float | None = None
     ) -> AsyncIterator[Reply]:
-        """Send a request, as in `Link`."""
+        """Send a request, as in `Transport`."""
         waits = _at_most(self._http.timeout, timeout)
         async with self._http.stream(method, path, content=body, timeout=waits) as response:
             yield _reply(response, response.aiter_bytes())
@@ -95,7 +96,7 @@ class AsyncLink:
         await self._http.aclose()
 
 
-class BlockingLink:
+class BlockingTransport:
     """Blocks; its coroutines end without ever being suspended.
 
     Parameters
@@ -111,7 +112,7 @@ class BlockingLink:
     async def ask(
         self, method: str, path: str, body: bytes | None = None, *, timeout: float | None = None
     ) -> AsyncIterator[Reply]:
-        """Send a request, as in `Link`."""
+        """Send a request, as in `Transport`."""
         waits = _at_most(self._http.timeout, timeout)
         with self._http.stream(method, path, content=body, timeout=waits) as response:
             yield _reply(response, _stepped(response.iter_bytes()))
@@ -126,7 +127,7 @@ class BlockingLink:
 
 
 def finished(work: Awaitable[Result]) -> Result:
-    """Run a coroutine over a `BlockingLink` to its end.
+    """Run a coroutine over a `BlockingTransport` to its end.
 
     Parameters
     ----------
@@ -147,7 +148,7 @@ def finished(work: Awaitable[Result]) -> Result:
 
 
 def stepped(parts: AsyncIterator[Result]) -> Iterator[Result]:
-    """Iterate over what an asynchronous generator over a `BlockingLink` yields."""
+    """Iterate over what an asynchronous generator over a `BlockingTransport` yields."""
     try:
         while True:
             try:

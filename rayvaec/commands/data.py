@@ -163,11 +163,11 @@ def add_inspect(verbs: Verbs) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     path = location(arguments.path)
     if isinstance(path, Url) or _is_zarr(path):
-        from rayvaec.data.store.describe import describe_foreign, describe_store
-        from rayvaec.data.store.open import is_foreign, open_store
+        from rayvaec.data.store.describe import describe_external, describe_store
+        from rayvaec.data.store.open import is_external, open_store
 
-        if is_foreign(path) and not arguments.verify:
-            print(describe_foreign(path))
+        if is_external(path) and not arguments.verify:
+            print(describe_external(path))
             return
         store = open_store(path)
         print(describe_store(store))

@@ -35,7 +35,8 @@ def add_train(verbs: Verbs) -> None:
     add_out(verb, "RUN", "run folder: best and last model, checkpoints, metrics")
     verb.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON with settings")
     verb.add_argument(
-        *("--set", "-s"),
+        "--set",
+        "-s",
         action="append",
         default=[],
         metavar="KEY=VALUE",

@@ -18,10 +18,10 @@ from numpy.typing import ArrayLike, NDArray
 from rayvaec.errors import CountsError
 from rayvaec.util.messages import (
     cell_at,
-    choices,
     is_missing,
     missing_values,
     refuse_duplicates,
+    suggest,
 )
 
 if TYPE_CHECKING:
@@ -353,7 +353,7 @@ def _encode_error(
     return CountsError(
         f"{where} has the unknown {what} {value!r} ({unknown.size} of {len(values)} cells with "
         f"unknown ones, the first {cell_at(int(unknown[0]), cells)})",
-        f"valid ones are {choices(value, known)}",
+        f"valid ones are {suggest(value, known)}",
     )
 
 

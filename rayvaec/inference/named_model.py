@@ -13,7 +13,7 @@ from rayvaec.errors import ConfigError, ModelError
 from rayvaec.inference.cells import Cells
 from rayvaec.kernels.rng import cell_keys
 from rayvaec.model.saved import SavedModel
-from rayvaec.util.messages import Names, as_names, listing
+from rayvaec.util.messages import Names, as_names, join_names
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -63,11 +63,12 @@ class NamedModel:
     def describe(self) -> str:
         """Return what the model is, in a few lines for a person."""
         config, registry = self.module.config, self.registry
+        labels, batches = join_names(registry.labels), join_names(registry.batches)
         lines = {
             "model": f"VAEC, {config.generative} form, hash {self.hash[:12]}",
-            "genes": f"{registry.n_genes}: {listing(registry.genes, 3)}",
-            "labels": f"{registry.n_labels} in {registry.labels_key}: {listing(registry.labels)}",
-            "batches": f"{registry.n_batches} in {registry.batch_key}: {listing(registry.batches)}",
+            "genes": f"{registry.n_genes}: {join_names(registry.genes, 3)}",
+            "labels": f"{registry.n_labels} in {registry.labels_key}: {labels}",
+            "batches": f"{registry.n_batches} in {registry.batch_key}: {batches}",
             "network": f"{config.n_layers} x {config.n_hidden} hidden, {config.n_latent} latent",
             **{name: _shown(value) for name, value in self.provenance.items()},
         }
@@ -124,7 +125,8 @@ class NamedModel:
         if aligned.missing or aligned.extra:
             logger.warning(
                 "adata: %d genes of the model are missing (taken as zero), %d genes are not in it",
-                *(len(aligned.missing), len(aligned.extra)),
+                len(aligned.missing),
+                len(aligned.extra),
             )
         return Cells(
             indptr=aligned.indptr,

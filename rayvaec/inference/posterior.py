@@ -255,11 +255,13 @@ def draw(module: VAEC, cells: Cells, n_samples: int, seed: int, *, first_sample:
     library[filled] = sums
     return _draw_rows(
         module,
-        torch.from_numpy(mean).repeat_interleave(n_samples, 0),
-        torch.from_numpy(variance).sqrt().repeat_interleave(n_samples, 0),
-        library,
-        cells,
-        *(n_samples, seed, first_sample),
+        loc=torch.from_numpy(mean).repeat_interleave(n_samples, 0),
+        scale=torch.from_numpy(variance).sqrt().repeat_interleave(n_samples, 0),
+        library=library,
+        cells=cells,
+        n_samples=n_samples,
+        seed=seed,
+        first_sample=first_sample,
     )
 
 

@@ -18,7 +18,7 @@ from rayvaec.errors import ModelError
 from rayvaec.inference.cells import Cells
 from rayvaec.kernels.counts import is_ascending
 from rayvaec.kernels.rng import cell_keys
-from rayvaec.util.messages import choices, listing
+from rayvaec.util.messages import join_names, suggest
 
 logger = logging.getLogger("rayvaec")
 
@@ -55,7 +55,7 @@ class StoreCells:
         if genes.missing:
             raise ModelError(
                 f"the store {store.path} lacks {len(genes.missing)} of the model's "
-                f"{registry.n_genes} genes: {listing(genes.missing)}",
+                f"{registry.n_genes} genes: {join_names(genes.missing)}",
                 "prepare it again with --genes FILE that lists the model's genes",
             )
         self.extra_genes = genes.extra
@@ -165,7 +165,7 @@ def _matched(
         plural = {"label": "labels", "batch": "batches"}[what]
         raise ModelError(
             f"the store {store.path} has {len(unknown)} {plural} that the model does not know: "
-            f"{listing(unknown)}",
-            f"the model knows {choices(unknown[0], known)}",
+            f"{join_names(unknown)}",
+            f"the model knows {suggest(unknown[0], known)}",
         )
     return np.array([code.get(name, 0) for name in own], np.int64)

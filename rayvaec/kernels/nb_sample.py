@@ -149,8 +149,14 @@ def draw_blocks(
             rate = make_rates(genes)
             of_genes = tables.of(genes)
             if not draw_genes(
-                *(walk, rows.stop - start, rate, genes.start, of_genes.odds_or_size),
-                *(of_genes.limit, of_genes.cluster, of_genes.softmax),
+                walk,
+                rows.stop - start,
+                rate,
+                genes.start,
+                of_genes.odds_or_size,
+                of_genes.limit,
+                of_genes.cluster,
+                of_genes.softmax,
             ):
                 raise refusal(rate[:, : rows.stop - start].T, of_genes, start, genes.start)
         indptr = np.zeros(rows.stop - start + 1, np.int64)

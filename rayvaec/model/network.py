@@ -118,7 +118,12 @@ class VAECNetwork(nn.Module):
             self.prior_logits = nn.Parameter(torch.zeros(shape))
         if config.n_fine_labels is not None:
             self.linear_mapping = FCLayers(
-                *(config.n_latent, config.n_hidden, labels, 1, config.n_hidden, 0.0),
+                n_in=config.n_latent,
+                n_out=config.n_hidden,
+                n_cat_list=labels,
+                n_layers=1,
+                n_hidden=config.n_hidden,
+                dropout_rate=0.0,
                 batch_norm=True,
             )
             head = nn.Sequential(nn.Linear(config.n_hidden, config.n_fine_labels))
@@ -173,8 +178,12 @@ class VAECNetwork(nn.Module):
         row_bias = None if biases is None else (biases, y.reshape(-1).long())
         return nb_reconstruction(
             self.decoder_hidden(z, y, batch_index),
-            *(self.output.weight, self.output.bias, self.px_r),
-            *(self.library_of(x.library()), x, factor),
+            weight=self.output.weight,
+            bias=self.output.bias,
+            px_r=self.px_r,
+            library=self.library_of(x.library()),
+            x=x,
+            cell_factor=factor,
             generative=self.config.generative,
             row_bias=row_bias,
         )

@@ -21,7 +21,7 @@ from rayvaec.data.registry import Registry
 from rayvaec.errors import ConfigError, RayvaecError
 from rayvaec.inference.trained_model import load_model
 from rayvaec.serving.autoscaling import cpus_per_replica, replica_range, scaling
-from rayvaec.serving.engine.engine import Service, Threads
+from rayvaec.serving.engine.engine import Engine, Threads
 from rayvaec.serving.http.app import create_app
 from rayvaec.serving.middleware import load_shedding
 from rayvaec.serving.middleware.auth import TOKEN_VARIABLE, check_bind, token_digest
@@ -113,10 +113,10 @@ class Endpoint:
         self._token_digest = args.token_sha256 or token_digest(args.token_file)
         self._allowed_hosts = args.allowed_hosts
         self._limits, threads = args.limits, Threads(args.limits)
-        self._services: dict[str, Service] = {}
+        self._services: dict[str, Engine] = {}
         for name, folder in args.named_models.items():
             model = load_model(folder, "cuda" if args.use_gpu else "cpu")
-            self._services[name] = Service(
+            self._services[name] = Engine(
                 model, args.limits, threads, h5ad_uploads=args.enable_h5ad_uploads
             )
             self._services[name].warm_up()

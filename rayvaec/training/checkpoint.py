@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from rayvaec.errors import RayvaecError, StoreError
 from rayvaec.training.config import TrainConfig
-from rayvaec.training.driver.storage_retry import patiently
+from rayvaec.training.driver.storage_retry import retry_io
 from rayvaec.util.atomic import remove, write_json
 
 TENSORS, STATE = "state.safetensors", "state.json"
@@ -115,7 +115,7 @@ def write_checkpoint(
         write_json(folder / STATE, {**asdict(state), "sha256": _digest(folder / TENSORS)})
 
     try:
-        patiently(f"the checkpoint {folder}", write)
+        retry_io(f"the checkpoint {folder}", write)
     except RayvaecError:
         remove(folder)
         raise
@@ -156,7 +156,7 @@ def store_checkpoint(folder: Path, checkpoints: Path, name: str) -> Path:
         partial.rename(checkpoints / name)
 
     try:
-        patiently(f"the checkpoint {checkpoints / name}", copy, checkpoints)
+        retry_io(f"the checkpoint {checkpoints / name}", copy, checkpoints)
     except RayvaecError:
         with suppress(OSError):
             remove(partial)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from rayvaec.data.store.open import Store
-from rayvaec.data.store.summarize import summarise
+from rayvaec.data.store.summarize import summarize
 from rayvaec.errors import StoreError
 from rayvaec.model.saved import save_model
 from rayvaec.model.vaec import VAEC
 from rayvaec.training.config import TrainConfig
-from rayvaec.training.driver.storage_retry import patiently
+from rayvaec.training.driver.storage_retry import retry_io
 from rayvaec.training.objective import model_registry
 
 logger = logging.getLogger("rayvaec")
@@ -60,7 +60,7 @@ def save_summaries(run: Path, store: Store) -> None:
         What they were trained on.
     """
     try:
-        summary = summarise(store)
+        summary = summarize(store)
         for name in (BEST, LAST):
             if (run / name).is_dir():
                 summary.save(run / name)
@@ -86,4 +86,4 @@ def _save(
         path.parent.stat()  # save_model would make a folder in the place of one that is away
         save_model(path, module, registry, provenance, overwrite=True)
 
-    patiently(f"{path}", save, path.parent)
+    retry_io(f"{path}", save, path.parent)

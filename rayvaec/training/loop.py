@@ -39,7 +39,7 @@ from rayvaec.training.records import append_record, cut_records, write_progress
 from rayvaec.training.schedule import kl_weight, learning_rate
 from rayvaec.training.validation import validation_elbo
 from rayvaec.util.location import Location
-from rayvaec.util.messages import listing
+from rayvaec.util.messages import join_names
 
 CLOCK_STEPS = 16
 """Steps between two looks at the clock: the workers must agree, and that takes a message."""
@@ -274,7 +274,7 @@ class TrainLoop:
             record = {"epoch": epoch, "step": error.step, "val_elbo": None}
             save_last(self.task.run, self.module, self.store, self.config, record)
         names = [self.store.obs_names(cell, cell + 1)[0] for cell in cells[:3]]
-        what = f"the loss of {len(cells)} cells ({listing(names)})" if cells else "the gradient"
+        what = f"the loss of {len(cells)} cells ({join_names(names)})" if cells else "the gradient"
         raise self._not_finite(
             f"{what} stopped being finite at step {error.step + 1}, in epoch {epoch + 1}"
         )

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rayvaec.training.driver.storage_retry import patiently
+from rayvaec.training.driver.storage_retry import retry_io
 from rayvaec.util.atomic import write_json, write_text
 
 METRICS, PROGRESS, ATTEMPTS = "metrics.jsonl", "progress.json", "attempts.jsonl"
@@ -36,7 +36,7 @@ def append_record(run: Path, record: dict[str, Any]) -> None:
     record : dict
         ``epoch``, ``step`` and whatever was measured; JSON values.
     """
-    patiently(f"{run / METRICS}", _appender(run / METRICS, record), run)
+    retry_io(f"{run / METRICS}", _appender(run / METRICS, record), run)
 
 
 def _appender(path: Path, record: dict[str, Any]) -> Callable[[], None]:
@@ -104,10 +104,10 @@ def append_attempt(run: Path, step: int, num_workers: int) -> None:
         How many they are.
     """
     record = {"started": _now(), "step": step, "num_workers": num_workers}
-    patiently(f"{run / ATTEMPTS}", _appender(run / ATTEMPTS, record), run)
+    retry_io(f"{run / ATTEMPTS}", _appender(run / ATTEMPTS, record), run)
 
 
-def append_loss(run: Path, reason: str) -> None:
+def record_worker_failure(run: Path, reason: str) -> None:
     """Record that workers were lost, and that the run goes on; not waiting for storage.
 
     Parameters
@@ -124,8 +124,8 @@ def append_loss(run: Path, reason: str) -> None:
 def read_attempts(run: Path) -> list[dict[str, Any]]:
     """Read what `append_attempt` wrote: a record each time that workers started.
 
-    Its ``losses`` are the reasons for it, as `append_loss` wrote them; none where workers were
-    added or a run was resumed.
+    Its ``losses`` are the reasons for it, as `record_worker_failure` wrote them; none where workers
+    were added or a run was resumed.
     """
     attempts, losses = [], list[str]()
     for record in _read_lines(run / ATTEMPTS):
@@ -137,8 +137,8 @@ def read_attempts(run: Path) -> list[dict[str, Any]]:
     return attempts
 
 
-def read_losses(run: Path) -> list[str]:
-    """Read the reasons that `append_loss` wrote, oldest first."""
+def read_worker_failures(run: Path) -> list[str]:
+    """Read the reasons that `record_worker_failure` wrote, oldest first."""
     return [record["reason"] for record in _read_lines(run / ATTEMPTS) if "lost" in record]
 
 
@@ -169,7 +169,7 @@ def cut_records(run: Path, step: int) -> None:
         kept = [record for record in read_records(run) if record["step"] <= step]
         write_text(run / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
 
-    patiently(f"{run / METRICS}", cut, run)
+    retry_io(f"{run / METRICS}", cut, run)
 
 
 def write_progress(run: Path, epoch: int, cells: int) -> None:
@@ -185,7 +185,7 @@ def write_progress(run: Path, epoch: int, cells: int) -> None:
         Cells trained on since the beginning of the run.
     """
     value = {"epoch": epoch, "cells": cells}
-    patiently(f"{run / PROGRESS}", lambda: write_json(run / PROGRESS, value), run)
+    retry_io(f"{run / PROGRESS}", lambda: write_json(run / PROGRESS, value), run)
 
 
 def read_progress(run: Path) -> dict[str, Any] | None:

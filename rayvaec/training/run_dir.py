@@ -28,7 +28,7 @@ from rayvaec.training.checkpoint import (
     newest_checkpoint,
 )
 from rayvaec.training.config import TrainConfig, read_config
-from rayvaec.training.driver.storage_retry import patiently
+from rayvaec.training.driver.storage_retry import retry_io
 from rayvaec.training.export import BEST, LAST
 from rayvaec.training.records import METRICS, PROGRESS
 from rayvaec.util.atomic import bring_back, check_free, remove, write_json
@@ -207,7 +207,7 @@ def finished(out: Path, config: TrainConfig) -> dict[str, Any] | None:
     return {**info.result, "stopped": stopped} if stopped else None
 
 
-def begin(out: Path, store: Store, config: TrainConfig) -> None:
+def create_run(out: Path, store: Store, config: TrainConfig) -> None:
     """Make the folder of a new run; an older one there is removed.
 
     Parameters
@@ -227,7 +227,7 @@ def begin(out: Path, store: Store, config: TrainConfig) -> None:
     write_run(out, RunInfo(str(store.path), store.hash, now))
 
 
-def begin_again(out: Path, config: TrainConfig) -> Path | None:
+def resume_run(out: Path, config: TrainConfig) -> Path | None:
     """Prepare the folder of a run for resuming.
 
     Parameters
@@ -254,10 +254,10 @@ def begin_again(out: Path, config: TrainConfig) -> Path | None:
         write_run(out, replace(read_run(out), status="running"))
         return newest
 
-    return patiently(f"{out}", prepare, out)
+    return retry_io(f"{out}", prepare, out)
 
 
-def end(out: Path, status: str, result: dict[str, Any] | None = None) -> None:
+def end_run(out: Path, status: str, result: dict[str, Any] | None = None) -> None:
     """Note how a run ended; waits for storage that is away.
 
     Parameters
@@ -269,11 +269,11 @@ def end(out: Path, status: str, result: dict[str, Any] | None = None) -> None:
     result : dict, optional
         What `TrainLoop.run` returned.
     """
-    patiently(f"{out}", lambda: note_end(out, status, result), out)
+    retry_io(f"{out}", lambda: note_end(out, status, result), out)
 
 
 def note_end(out: Path, status: str, result: dict[str, Any] | None = None) -> None:
-    """Note how a run ended, without waiting; parameters as in `end`."""
+    """Note how a run ended, without waiting; parameters as in `end_run`."""
     out.stat()
     remove(out / PROGRESS)
     write_run(out, replace(read_run(out), status=status, result=result))

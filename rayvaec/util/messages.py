@@ -22,7 +22,7 @@ _UNPRINTABLE = re.compile(
 """Control characters, marks that turn the direction of text, and what UTF-8 or XML cannot hold."""
 
 
-def listing(names: Iterable[str], limit: int = 10) -> str:
+def join_names(names: Iterable[str], limit: int = 10) -> str:
     """Join names for a message, the first `limit` of them.
 
     Parameters
@@ -44,7 +44,7 @@ def listing(names: Iterable[str], limit: int = 10) -> str:
     return shown if len(every) <= limit else f"{shown} and {len(every) - limit:,} more"
 
 
-def choices(unknown: str, known: Sequence[str], limit: int = 10) -> str:
+def suggest(unknown: str, known: Sequence[str], limit: int = 10) -> str:
     """List the valid names for a message, those most like the unknown one first.
 
     Parameters
@@ -59,11 +59,11 @@ def choices(unknown: str, known: Sequence[str], limit: int = 10) -> str:
     Returns
     -------
     str
-        As `listing`.
+        As `join_names`.
     """
     # Matching is quadratic in a name's length; past some thousand names it would take seconds.
     near = get_close_matches(unknown, known[:5000], n=3, cutoff=0.5)
-    return listing(near + [name for name in known if name not in near], limit)
+    return join_names(near + [name for name in known if name not in near], limit)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -131,7 +131,7 @@ def refuse_duplicates(names: Sequence[str], what: str, where: str) -> None:
     twice = [name for name, occurrences in Counter(names).items() if occurrences > 1]
     fix = "make them unique, such as with adata.var_names_make_unique()"
     raise CountsError(
-        f"{where} has {len(twice)} {what} names more than once: {listing(twice)}",
+        f"{where} has {len(twice)} {what} names more than once: {join_names(twice)}",
         fix if what == "gene" else "make them unique",
     )
 

@@ -60,7 +60,12 @@ class Progress:
         left = (self._total - self._done) / max(rate, 1e-9)
         logger.info(
             "%s: %d of %d %s, %s/s, %s left%s",
-            *(self._task, self._done, self._total, self._unit, _rate(rate), _duration(left)),
+            self._task,
+            self._done,
+            self._total,
+            self._unit,
+            _rate(rate),
+            _duration(left),
             f", {self._note}" if self._note else "",
         )
 

@@ -26,13 +26,12 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from rayvaec import protocol
-from rayvaec.client import AsyncClient, Client, anndata_io, async_client, retry
+from rayvaec.client import AsyncClient, Client, anndata_io, async_client, retry, transport
 from rayvaec.client import chunking as portions_module
-from rayvaec.client import transport as link
-from rayvaec.client.chunking import GivenCells, portions
+from rayvaec.client.chunking import GivenCells, chunk_requests
 from rayvaec.errors import ConfigError, CountsError, RequestError
 from rayvaec.inference.trained_model import TrainedModel, load_model
-from rayvaec.serving.engine.engine import Service
+from rayvaec.serving.engine.engine import Engine
 from rayvaec.serving.http.app import create_app
 from rayvaec.serving.middleware.auth import digest
 from rayvaec.serving.middleware.limits import Limits
@@ -51,12 +50,12 @@ def adata(atlas_h5ad: Path) -> anndata.AnnData:
 
 
 @pytest.fixture(scope="module")
-def service(trained: TrainedModel) -> Service:
-    return Service(trained, Limits(max_cost=10**7))
+def service(trained: TrainedModel) -> Engine:
+    return Engine(trained, Limits(max_cost=10**7))
 
 
 @pytest.fixture(scope="module")
-def url(service: Service) -> Iterator[str]:
+def url(service: Engine) -> Iterator[str]:
     """An endpoint that needs a token, on a port of its own."""
     config = uvicorn.Config(
         create_app({"model": service}, service.limits, digest(TOKEN)),
@@ -154,7 +153,9 @@ def test_quantiles(client, adata, trained):
     (part,) = client.iter_sample(adata, as_="array", **options)
     assert np.array_equal(part["quantile_0.5"], drawn.layers["quantile_0.5"])
     new = client.generate(
-        *(trained.registry.labels[0], 300, 2),
+        trained.registry.labels[0],
+        300,
+        2,
         **{**options, "quantiles": [1.0]},
     )
     assert new.layers["quantile_1.0"].max() > 0
@@ -280,7 +281,7 @@ def test_portions_hold_every_cell_once_and_keep_the_limits(values, max_cells, ma
     asked = {"n_samples": 3, "genes": ["g"] * 5}
     overhead = 4096 + len(json.dumps(asked))
     limits = {"max_cells": max_cells, "max_cost": max_cost, "max_body_bytes": overhead + room}
-    cuts = portions(cells, {"genes": ["g"] * 5, "limits": limits}, asked)
+    cuts = chunk_requests(cells, {"genes": ["g"] * 5, "limits": limits}, asked)
     assert cuts[0][0] == 0
     assert cuts[-1][1] == n
     assert all(before[1] == after[0] for before, after in pairwise(cuts))
@@ -445,12 +446,12 @@ class Cutting(httpx.HTTPTransport):
 @pytest.mark.parametrize("times", [2, 7])
 def test_only_cells_that_have_not_come_are_asked_for_again(url, adata, trained, monkeypatch, times):
     monkeypatch.setattr(async_client, "PART_BYTES", 1)
-    monkeypatch.setattr(link.time, "sleep", lambda _: None)
+    monkeypatch.setattr(transport.time, "sleep", lambda _: None)
     monkeypatch.setattr("rayvaec.serving.engine.jobs.JOB_VALUES", 1)
     with Client(url, token=TOKEN, retries=2) as client:
         network = Cutting(times, after=100_000)
-        client._asking._link._http = httpx.Client(
-            base_url=url, headers=client._asking._link._http.headers, transport=network
+        client._client._transport._http = httpx.Client(
+            base_url=url, headers=client._client._transport._http.headers, transport=network
         )
         drawn = client.sample(adata, n_samples=100, seed=3, as_="array")
         client.close()
@@ -588,10 +589,10 @@ def scripted(monkeypatch) -> Callable[..., tuple[Client, Scripted, list[float]]]
         *answers: Any, retries: int = 3, model: str | None = None
     ) -> tuple[Client, Scripted, list[float]]:
         server, waits = Scripted(lambda _: httpx.Response(200, json=MODEL), *answers), []
-        monkeypatch.setattr(link.time, "sleep", waits.append)
+        monkeypatch.setattr(transport.time, "sleep", waits.append)
         client = Client("http://server", retries=retries, model=model)
         http = httpx.Client(base_url="http://server", transport=httpx.MockTransport(server))
-        client._asking._link = link.BlockingLink(http)
+        client._client._transport = transport.BlockingTransport(http)
         return client, server, waits
 
     return build
@@ -662,7 +663,7 @@ def test_a_server_that_is_not_there_is_named():
 def test_another_model_than_before_is_noticed(scripted, one_cell):
     newer = {**MODEL, "model_hash": "h", "genes": ["renamed"]}
     client, server, _ = scripted(whole(), lambda _: httpx.Response(200, json=newer))
-    client._asking._model = {**MODEL, "model_hash": "older"}
+    client._client._model = {**MODEL, "model_hash": "older"}
     server.answers.pop(0)
     assert client.sample(one_cell).var_names.tolist() == ["renamed"]
 
@@ -686,7 +687,7 @@ def test_a_server_that_has_not_answered_yet_is_waited_for(scripted, one_cell, fa
 
 
 def test_an_address_that_cannot_be_asked_is_refused_at_once(monkeypatch):
-    monkeypatch.setattr(link.time, "sleep", None)
+    monkeypatch.setattr(transport.time, "sleep", None)
     with (
         Client("ftp://server") as client,
         pytest.raises(RequestError, match="no answer from ftp://server .*'ftp://'"),
@@ -695,7 +696,7 @@ def test_an_address_that_cannot_be_asked_is_refused_at_once(monkeypatch):
 
 
 def test_a_server_without_tls_is_refused_at_once(url, monkeypatch):
-    monkeypatch.setattr(link.time, "sleep", None)
+    monkeypatch.setattr(transport.time, "sleep", None)
     address = url.replace("http://", "https://")
     with Client(address) as client, pytest.raises(RequestError, match=f"no answer from {address}"):
         client.model()
@@ -705,7 +706,7 @@ def test_a_certificate_that_is_not_trusted_is_refused_at_once():
     error = httpx.ConnectError("certificate verify failed")
     error.__cause__ = OSError("below")
     error.__cause__.__context__ = ssl.SSLCertVerificationError("self-signed certificate")
-    attempts = retry.Patience(retries=9, deadline=100.0).attempts()
+    attempts = retry.RetryPolicy(retries=9, deadline=100.0).attempts()
     assert attempts.wait("https://server", httpx.ConnectError("refused")) > 0
     with pytest.raises(RequestError, match="no answer from https://server"):
         attempts.wait("https://server", error)
@@ -728,8 +729,8 @@ def test_a_call_ends_at_its_deadline(scripted, one_cell, monkeypatch):
     client, server, _ = scripted(*[refusal(429, **{"Retry-After": "30"})] * 9, retries=100)
     clock = Clock()
     monkeypatch.setattr(retry, "time", clock)
-    monkeypatch.setattr(link, "time", clock)
-    client._asking._patience = retry.Patience(retries=100, deadline=100.0)
+    monkeypatch.setattr(transport, "time", clock)
+    client._client._retry_policy = retry.RetryPolicy(retries=100, deadline=100.0)
     with pytest.raises(RequestError, match="d; f"):
         client.sample(one_cell)
     assert len(server.paths) == 1 + 4  # one every 30 s and a little more
@@ -737,10 +738,10 @@ def test_a_call_ends_at_its_deadline(scripted, one_cell, monkeypatch):
 
 
 def test_no_attempt_outlasts_the_deadline():
-    waits = link._at_most(httpx.Timeout(300.0, connect=10.0), 20.0)
+    waits = transport._at_most(httpx.Timeout(300.0, connect=10.0), 20.0)
     assert (waits.connect, waits.read, waits.write, waits.pool) == (10.0, 20.0, 20.0, 20.0)
-    assert link._at_most(httpx.Timeout(None), 5.0) == httpx.Timeout(5.0)
-    assert link._at_most(httpx.Timeout(7.0), None) == httpx.Timeout(7.0)
+    assert transport._at_most(httpx.Timeout(None), 5.0) == httpx.Timeout(5.0)
+    assert transport._at_most(httpx.Timeout(7.0), None) == httpx.Timeout(7.0)
 
 
 def test_a_silent_server_is_given_up_at_the_deadline(one_cell):
@@ -766,16 +767,16 @@ def test_an_awaiting_client_tries_again_too(one_cell, monkeypatch):
     server = Scripted(lambda _: httpx.Response(200, json=MODEL), away, breaks, whole())
     waits: list[float] = []
 
-    async def sleep(_: link.AsyncLink, seconds: float) -> None:
+    async def sleep(_: transport.AsyncTransport, seconds: float) -> None:
         waits.append(seconds)
 
-    monkeypatch.setattr(link.AsyncLink, "sleep", sleep)
+    monkeypatch.setattr(transport.AsyncTransport, "sleep", sleep)
 
     async def go() -> Any:
         async with AsyncClient("http://server") as client:
-            transport = httpx.MockTransport(server)
-            http = httpx.AsyncClient(base_url="http://server", transport=transport)
-            client._link = link.AsyncLink(http)
+            served = httpx.MockTransport(server)
+            http = httpx.AsyncClient(base_url="http://server", transport=served)
+            client._transport = transport.AsyncTransport(http)
             return await client.sample(one_cell, as_="array")
 
     assert asyncio.run(go()).tolist() == [[[1]]]

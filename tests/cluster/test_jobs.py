@@ -158,8 +158,16 @@ def test_the_workflow_from_h5ad_to_a_served_draw(head: Head, atlas_h5ad: Path) -
     assert (head.storage / "store" / "zarr.json").exists()
 
     job = head.job(
-        *("train", "$RAYVAEC_STORAGE/store", "--out", "$RAYVAEC_STORAGE/run"),
-        *("--max-epochs", "1", "--batch-size", "256", "--num-workers", "1"),
+        "train",
+        "$RAYVAEC_STORAGE/store",
+        "--out",
+        "$RAYVAEC_STORAGE/run",
+        "--max-epochs",
+        "1",
+        "--batch-size",
+        "256",
+        "--num-workers",
+        "1",
     )
     assert job.returncode == 0, job.stdout
     assert (head.storage / "run" / "model" / "model.safetensors").exists()
@@ -167,8 +175,15 @@ def test_the_workflow_from_h5ad_to_a_served_draw(head: Head, atlas_h5ad: Path) -
     assert any("val_elbo" in json.loads(line) for line in metrics)
 
     job = head.job(
-        *("sample", "$RAYVAEC_STORAGE/run/model", "$RAYVAEC_STORAGE/store"),
-        *("--out", "$RAYVAEC_STORAGE/draws.zarr", "--n-samples", "2", "--num-workers", "2"),
+        "sample",
+        "$RAYVAEC_STORAGE/run/model",
+        "$RAYVAEC_STORAGE/store",
+        "--out",
+        "$RAYVAEC_STORAGE/draws.zarr",
+        "--n-samples",
+        "2",
+        "--num-workers",
+        "2",
     )
     assert job.returncode == 0, job.stdout
     assert "\r" not in job.stdout  # log lines, no moving bars

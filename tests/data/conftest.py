@@ -128,7 +128,11 @@ def write_random_store(
     for k, (start, stop) in enumerate(pairwise(borders.round().astype(int))):
         csr = sparse.csr_matrix(matrix[start:stop])
         cells = PartitionCells(
-            *(csr.indptr, csr.indices, csr.data, names[start:stop], labels[start:stop]),
+            indptr=csr.indptr,
+            indices=csr.indices,
+            counts=csr.data,
+            names=names[start:stop],
+            labels=labels[start:stop],
             batches=None if batches is None else batches[start:stop],
         )
         dtypes = CountsDtypes.smallest(largest, n_genes)

@@ -10,7 +10,7 @@ import uvicorn
 
 import rayvaec.client
 from rayvaec.inference.trained_model import load_model
-from rayvaec.serving.engine.engine import Service
+from rayvaec.serving.engine.engine import Engine
 from rayvaec.serving.http.app import create_app
 from rayvaec.serving.middleware.limits import Limits
 
@@ -28,7 +28,7 @@ class Endpoint:
         verb, model, background = words
         assert (verb, background) == ("serve", "&")
         limits = Limits()
-        self._service = Service(load_model(model), limits)
+        self._service = Engine(load_model(model), limits)
         app = create_app({"model": self._service}, limits)
         self._server = uvicorn.Server(
             uvicorn.Config(app, port=0, log_level="error", lifespan="off")

@@ -49,7 +49,13 @@ def loss(version: str, generative: str) -> tuple[Tensors, Callable[[Tensors], Te
 
     def call(t: Tensors) -> Tensor:
         return nb_reconstruction(
-            *(t["h"], t["weight"], t["bias"], t["px_r"], x.library(), x, ones),
+            h=t["h"],
+            weight=t["weight"],
+            bias=t["bias"],
+            px_r=t["px_r"],
+            library=x.library(),
+            x=x,
+            cell_factor=ones,
             generative=generative,
             version=version,
         )[0]

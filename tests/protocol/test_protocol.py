@@ -189,9 +189,11 @@ def test_draws_come_back_as_they_were_sent(rows, step):
 def test_large_answers_are_cut_into_pieces():
     n_rows, width = 3000, 200
     rows = DrawnRows(
-        *(np.zeros(n_rows, np.int32), np.zeros(n_rows, np.int32)),
-        np.arange(n_rows + 1) * width,
-        *(np.zeros(n_rows * width, np.int32), np.ones(n_rows * width, np.int32)),
+        cells=np.zeros(n_rows, np.int32),
+        samples=np.zeros(n_rows, np.int32),
+        indptr=np.arange(n_rows + 1) * width,
+        indices=np.zeros(n_rows * width, np.int32),
+        counts=np.ones(n_rows * width, np.int32),
     )
     pieces = protocol.encode_draws(protocol.draws_schema({}), rows)
     assert len(pieces) == -(-n_rows * (16 + 8 * width) // PIECE_BYTES)
@@ -201,8 +203,11 @@ def test_large_answers_are_cut_into_pieces():
 def test_a_row_larger_than_a_piece_is_sent_whole():
     n = PIECE_BYTES
     rows = DrawnRows(
-        *(np.zeros(2, np.int32), np.zeros(2, np.int32), np.array([0, n, n + 1])),
-        *(np.zeros(n + 1, np.int32), np.ones(n + 1, np.int32)),
+        cells=np.zeros(2, np.int32),
+        samples=np.zeros(2, np.int32),
+        indptr=np.array([0, n, n + 1]),
+        indices=np.zeros(n + 1, np.int32),
+        counts=np.ones(n + 1, np.int32),
     )
     assert len(protocol.encode_draws(protocol.draws_schema({}), rows)) == 2
 

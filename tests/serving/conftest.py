@@ -22,11 +22,11 @@ import pytest
 from fastapi import FastAPI
 
 from rayvaec.data.store.open import open_store
-from rayvaec.data.store.summarize import summarise
+from rayvaec.data.store.summarize import summarize
 from rayvaec.inference.trained_model import TrainedModel, load_model
 from rayvaec.model.training_summary import TrainingSummary
 from rayvaec.serving.deployment import check_port
-from rayvaec.serving.engine.engine import Service
+from rayvaec.serving.engine.engine import Engine
 from rayvaec.serving.http.app import create_app
 from rayvaec.serving.middleware.limits import Limits
 
@@ -84,7 +84,7 @@ def trained(model_path: Path) -> TrainedModel:
 @pytest.fixture(scope="session")
 def summary(store_path: Path) -> TrainingSummary:
     """What the training data of the tests' model looks like."""
-    return summarise(open_store(store_path))
+    return summarize(open_store(store_path))
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +107,7 @@ def adata(atlas_h5ad: Path) -> anndata.AnnData:
 @pytest.fixture(scope="session")
 def serve_with(trained: TrainedModel) -> Iterator[Callable[..., Http]]:
     """Build an application with limits, token and the like of its own."""
-    built: list[Service] = []
+    built: list[Engine] = []
 
     def build(
         token_digest: str | None = None,
@@ -116,7 +116,7 @@ def serve_with(trained: TrainedModel) -> Iterator[Callable[..., Http]]:
         **limits: Any,
     ) -> Http:
         bounds = Limits(**limits)
-        built.append(Service(trained, bounds, h5ad_uploads=h5ad_uploads))
+        built.append(Engine(trained, bounds, h5ad_uploads=h5ad_uploads))
         services = {"model": built[-1]}
         return Http(create_app(services, bounds, token_digest, allowed_hosts=allowed_hosts))
 

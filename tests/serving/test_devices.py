@@ -12,7 +12,7 @@ import pytest
 
 from rayvaec.inference.moments import DrawMoments
 from rayvaec.inference.trained_model import load_model
-from rayvaec.serving.engine.engine import Service
+from rayvaec.serving.engine.engine import Engine
 from rayvaec.serving.engine.jobs import Job
 from rayvaec.serving.http.app import create_app
 from rayvaec.serving.middleware.limits import Limits
@@ -27,28 +27,28 @@ REST: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def on_meta(model_path: Path, values_on_meta: list[tuple[int, ...]]) -> Iterator[Service]:
+def on_meta(model_path: Path, values_on_meta: list[tuple[int, ...]]) -> Iterator[Engine]:
     model = load_model(model_path)
     model.module.to("meta")
-    service = Service(model, Limits())
+    service = Engine(model, Limits())
     yield service
     service.close()
 
 
-def test_every_kind_of_job_is_warmed_up(on_meta: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kind_of_job_is_warmed_up(on_meta: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     kinds: list[str] = []
-    run_jobs = Service.warm_up.__globals__["run_jobs"]
+    run_jobs = Engine.warm_up.__globals__["run_jobs"]
 
     def seen(module: Any, jobs: list[Job]) -> list[Any]:
         kinds.extend(job.kind for job in jobs)
         return run_jobs(module, jobs)
 
-    monkeypatch.setitem(Service.warm_up.__globals__, "run_jobs", seen)
+    monkeypatch.setitem(Engine.warm_up.__globals__, "run_jobs", seen)
     on_meta.warm_up()
     assert set(kinds) == set(get_args(get_type_hints(Job)["kind"]))
 
 
-def test_sums_over_draws_are_warmed_up(on_meta: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_over_draws_are_warmed_up(on_meta: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     added: list[int] = []
     monkeypatch.setattr(DrawMoments, "add", lambda _, draws, n_samples: added.append(n_samples))
     on_meta.warm_up()
@@ -56,7 +56,7 @@ def test_sums_over_draws_are_warmed_up(on_meta: Service, monkeypatch: pytest.Mon
 
 
 def test_every_route_computes_where_the_model_is(
-    on_meta: Service, http: Any, adata: anndata.AnnData, values_on_meta: list[tuple[int, ...]]
+    on_meta: Engine, http: Any, adata: anndata.AnnData, values_on_meta: list[tuple[int, ...]]
 ) -> None:
     http = replace(http, app=create_app({"model": on_meta}, Limits()))
     genes = list(on_meta.model.registry.genes)

@@ -12,7 +12,7 @@ from rayvaec.errors import ConfigError
 from rayvaec.inference.trained_model import TrainedModel, load_model
 from rayvaec.model.saved import save_model
 from rayvaec.model.vaec import VAEC
-from rayvaec.serving.engine.engine import Service, Threads
+from rayvaec.serving.engine.engine import Engine, Threads
 from rayvaec.serving.http.app import create_app
 from rayvaec.serving.middleware.limits import Limits
 from rayvaec.serving.model_names import check_names, named_models
@@ -37,7 +37,7 @@ def http_of(trained: TrainedModel, other: TrainedModel, http: Any) -> Callable[.
     def build(*names: str) -> Any:
         limits, threads = Limits(max_requests=3), Threads(Limits())
         models = dict(zip(names, (trained, other), strict=False))
-        services = {name: Service(model, limits, threads) for name, model in models.items()}
+        services = {name: Engine(model, limits, threads) for name, model in models.items()}
         return type(http)(create_app(services, limits))
 
     return build

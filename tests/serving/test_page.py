@@ -17,7 +17,7 @@ import uvicorn
 from rayvaec.inference import posterior
 from rayvaec.kernels.rng import cell_keys
 from rayvaec.serving import page
-from rayvaec.serving.engine.engine import Service, Threads
+from rayvaec.serving.engine.engine import Engine, Threads
 from rayvaec.serving.engine.summary import summary_answer
 from rayvaec.serving.http.app import create_app
 from rayvaec.serving.middleware.auth import digest
@@ -178,7 +178,7 @@ def serve():
     def start(models, token_digest=None):
         limits = Limits()
         threads = Threads(limits)
-        services = {name: Service(model, limits, threads) for name, model in models.items()}
+        services = {name: Engine(model, limits, threads) for name, model in models.items()}
         app = create_app(services, limits, token_digest)
         config = uvicorn.Config(app, port=0, log_level="error", lifespan="off")
         server = uvicorn.Server(config)

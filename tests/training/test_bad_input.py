@@ -70,7 +70,7 @@ def test_values_out_of_range_are_all_named_at_once(refuse: Refuse) -> None:
 def test_a_store_of_another_gene_set_on_resume(
     refuse: Refuse, other_store: Path, store_path: Path, tmp_path: Path
 ) -> None:
-    folder.begin(tmp_path / "run", open_store(store_path), TrainConfig(max_epochs=5))
+    folder.create_run(tmp_path / "run", open_store(store_path), TrainConfig(max_epochs=5))
     line = refuse("--resume", store=other_store)
     assert f"was trained on {store_path}, which is not the same as {other_store}" in line
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from gloo_worker import FolderSink
 
-from rayvaec.data.loading.shuffle_buffer import Buffers
+from rayvaec.data.loading.shuffle_buffer import ReusableBuffers
 from rayvaec.data.prepare.pipeline import PrepareConfig, prepare
 from rayvaec.datasets import simulate
 from rayvaec.training.config import TrainConfig
@@ -83,14 +83,14 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 def test_a_worker_holds_no_more_of_a_larger_store(
     stores: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[Buffers] = []
-    start = Buffers.__init__
+    made: list[ReusableBuffers] = []
+    start = ReusableBuffers.__init__
 
-    def counting(self: Buffers, store: Any) -> None:
+    def counting(self: ReusableBuffers, store: Any) -> None:
         made.append(self)
         start(self, store)
 
-    monkeypatch.setattr(Buffers, "__init__", counting)
+    monkeypatch.setattr(ReusableBuffers, "__init__", counting)
 
     def held(n_cells: int) -> int:
         """Return the bytes of Python and numpy at a checkpoint, less the buffers of the loader."""

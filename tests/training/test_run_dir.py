@@ -21,7 +21,7 @@ def store(store_path: Path) -> Store:
 @pytest.fixture
 def begun(tmp_path: Path, store: Store) -> Path:
     out = tmp_path / "run"
-    folder.begin(out, store, TrainConfig(max_epochs=5, seed=3))
+    folder.create_run(out, store, TrainConfig(max_epochs=5, seed=3))
     return out
 
 
@@ -30,7 +30,7 @@ def test_a_run_says_what_it_is(begun: Path, store: Store) -> None:
     assert (info.store, info.store_hash) == (str(store.path), store.hash)
     assert info.status == "running"
     assert read_config(begun) == TrainConfig(max_epochs=5, seed=3)
-    folder.end(begun, "finished", {"epoch": 5})
+    folder.end_run(begun, "finished", {"epoch": 5})
     assert folder.read_run(begun).status == "finished"
     assert folder.read_run(begun).result == {"epoch": 5}
     assert folder.read_run(begun).created == info.created
@@ -53,7 +53,7 @@ def test_what_is_in_the_way_is_refused(begun: Path, tmp_path: Path) -> None:
 
 def test_overwriting_leaves_nothing_of_the_old_run(begun: Path, store: Store) -> None:
     (begun / "metrics.jsonl").touch()
-    folder.begin(begun, store, TrainConfig())
+    folder.create_run(begun, store, TrainConfig())
     assert not (begun / "metrics.jsonl").exists()
 
 
@@ -105,9 +105,9 @@ def test_beginning_again_clears_what_ray_left(begun: Path) -> None:
     checkpoints = begun / "checkpoints"
     (checkpoints / "step_0000000009").mkdir()
     (checkpoints / "checkpoint_manager_snapshot.json").write_text("{")
-    folder.end(begun, "failed")
+    folder.end_run(begun, "failed")
     (begun / ".run.json.ab12.partial").touch()  # the driver was killed at the end
-    assert folder.begin_again(begun, TrainConfig(seed=3, max_epochs=6)) is None
+    assert folder.resume_run(begun, TrainConfig(seed=3, max_epochs=6)) is None
     assert list(checkpoints.iterdir()) == []
     assert list(begun.glob(".*")) == []
     assert folder.read_run(begun).status == "running"
@@ -155,7 +155,7 @@ def test_a_run_that_stopped_early_goes_on_with_more_patience(
 ) -> None:
     before = {"max_epochs": 20, "patience": 2}
     write_json(begun / "config.json", TrainConfig.from_json(before).to_json())
-    folder.end(begun, "finished", EARLY)
+    folder.end_run(begun, "finished", EARLY)
     asked = TrainConfig.from_json(before | settings)
     config = folder.check_resumable(begun, store, asked)
     done = folder.finished(begun, config)

@@ -103,9 +103,7 @@ def decode_chunks(
         bytes; -1 if all are right.
     """
     if DECOMPRESS and CRC32C:
-        return _decode_native(
-            *(DECOMPRESS, CRC32C, encoded, places, address(out), chunk_bytes, crc)
-        )
+        return _decode_native(DECOMPRESS, CRC32C, encoded, places, address(out), chunk_bytes, crc)
     first = int(places[0, 0]) if len(places) else 0
     for k, (begin, length) in enumerate(places.tolist()):
         stored = encoded[begin - first : begin - first + length]
@@ -265,8 +263,11 @@ def _decode_native(
         if _number(encoded, begin + 4) != chunk_bytes or _number(encoded, begin + 12) != length:
             return k
         done = _decompress(
-            *(np.uint64(decompress), chunk, np.uint64(target + k * chunk_bytes)),
-            *(np.uint64(chunk_bytes), np.int32(1)),
+            np.uint64(decompress),
+            chunk,
+            np.uint64(target + k * chunk_bytes),
+            np.uint64(chunk_bytes),
+            np.int32(1),
         )
         if done != chunk_bytes:
             return k
@@ -318,8 +319,11 @@ def _fill(pread: int, descriptor: int, start: int, room: NDArray[np.uint8]) -> b
     to, done = np.uint64(room.ctypes.data), np.int64(0)
     while done < len(room):
         step = _pread(
-            *(np.uint64(pread), np.int32(descriptor), to + np.uint64(done)),
-            *(np.uint64(len(room) - done), start + done),
+            np.uint64(pread),
+            np.int32(descriptor),
+            to + np.uint64(done),
+            np.uint64(len(room) - done),
+            start + done,
         )
         if step <= 0:
             return False

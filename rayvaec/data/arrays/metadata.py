@@ -20,7 +20,7 @@ _INDEX_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"nam
 
 
 @dataclass(frozen=True)
-class Layout:
+class ArrayMetadata:
     """What the direct reader needs to know of an array.
 
     Parameters
@@ -55,7 +55,7 @@ class Layout:
     separator: str
 
     @classmethod
-    def parse(cls, metadata: Any) -> Layout | None:
+    def parse(cls, metadata: Any) -> ArrayMetadata | None:
         """Read an array's ``zarr.json``.
 
         Parameters
@@ -65,7 +65,7 @@ class Layout:
 
         Returns
         -------
-        Layout or None
+        ArrayMetadata or None
             None where the array has anything that the direct reader does not know.
         """
         try:
@@ -74,7 +74,7 @@ class Layout:
             return None
 
     @classmethod
-    def _parse(cls, metadata: Any) -> Layout | None:
+    def _parse(cls, metadata: Any) -> ArrayMetadata | None:
         (n,) = metadata["shape"]
         (shard,) = _configured(metadata["chunk_grid"], "regular")["chunk_shape"]
         keys = _configured(metadata["chunk_key_encoding"], "default")

@@ -24,30 +24,30 @@ from numpy.typing import NDArray
 
 from rayvaec.data.arrays.decode import ChunkRun, checked, decode_chunks, read_chunks
 from rayvaec.data.arrays.delta import undo_delta, without_delta_warning
-from rayvaec.data.arrays.metadata import Layout
-from rayvaec.data.io.byte_reader import Blobs, ByteRange, LocalBlobs
+from rayvaec.data.arrays.metadata import ArrayMetadata
+from rayvaec.data.io.byte_reader import ByteRange, ByteReader, LocalByteReader
 from rayvaec.data.store.verify import check_text
 from rayvaec.errors import StoreError
 
 
-def read_together(reads: Sequence[tuple[Vector, int, int, NDArray[Any]]]) -> list[int]:
+def read_together(reads: Sequence[tuple[Array1D, int, int, NDArray[Any]]]) -> list[int]:
     """Read ranges of arrays into buffers, with one call without the GIL where that is possible.
 
     Parameters
     ----------
-    reads : sequence of (Vector, int, int, array)
-        The arguments of `Vector.read_into`.
+    reads : sequence of (Array1D, int, int, array)
+        The arguments of `Array1D.read_into`.
 
     Returns
     -------
     list of int
-        What `Vector.read_into` returns for each; errors as there.
+        What `Array1D.read_into` returns for each; errors as there.
     """
     runs: list[ChunkRun] = []
     finish: list[Callable[[int, int, NDArray[Any]], int]] = []
     for vector, start, stop, out in reads:
-        found = vector.runs(start, stop, out) if isinstance(vector, ShardedVector) else None
-        if isinstance(vector, ShardedVector) and found is not None:
+        found = vector.runs(start, stop, out) if isinstance(vector, ShardedArray1D) else None
+        if isinstance(vector, ShardedArray1D) and found is not None:
             runs += found
             finish.append(vector.finish)
         else:
@@ -58,8 +58,8 @@ def read_together(reads: Sequence[tuple[Vector, int, int, NDArray[Any]]]) -> lis
     return [then(*read[1:]) for then, read in zip(finish, reads, strict=True)]
 
 
-def read_ranges(ranges: Sequence[tuple[Vector, int, int]]) -> list[NDArray[Any]]:
-    """Read ranges of arrays as new arrays, as `read_together`; errors as in `Vector.read_into`."""
+def read_ranges(ranges: Sequence[tuple[Array1D, int, int]]) -> list[NDArray[Any]]:
+    """Read ranges of arrays as new arrays, as `read_together`; errors as in `Array1D.read_into`."""
     reads = [(*of, np.empty(of[0].span(*of[1:]), of[0].dtype)) for of in ranges]
     return [
         out[at : at + stop - start]
@@ -73,7 +73,7 @@ _per_thread = threading.local()
 _ABSENT = 2**64 - 1
 
 
-class Vector(Protocol):
+class Array1D(Protocol):
     """A 1-d array on disk."""
 
     @property
@@ -126,16 +126,16 @@ def _scratch(n: int) -> NDArray[np.uint8]:
     return _per_thread.scratch[:n]
 
 
-class ShardedVector:
+class ShardedArray1D:
     """A sharded array, read past zarr's pipeline.
 
     Parameters
     ----------
-    blobs : Blobs
+    blobs : ByteReader
         Where the files are.
     path : str
         The array's path in `blobs`.
-    layout : Layout
+    layout : ArrayMetadata
         What its metadata says.
     required : collection of str, optional
         Paths of files that must exist; any other shard that is missing is all fill value, as
@@ -143,7 +143,7 @@ class ShardedVector:
     """
 
     def __init__(
-        self, blobs: Blobs, path: str, layout: Layout, required: Collection[str] = ()
+        self, blobs: ByteReader, path: str, layout: ArrayMetadata, required: Collection[str] = ()
     ) -> None:
         self._blobs, self._path, self._layout, self._required = blobs, path, layout, required
         self._chunk_bytes = layout.chunk * layout.dtype.itemsize
@@ -171,7 +171,7 @@ class ShardedVector:
         return out[at : at + stop - start]
 
     def read_into(self, start: int, stop: int, out: NDArray[Any]) -> int:
-        """Read whole chunks into a buffer; see `Vector.read_into`."""
+        """Read whole chunks into a buffer; see `Array1D.read_into`."""
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"elements {start} to {stop} of {len(self)} in {self._path}")
         if start == stop:
@@ -192,7 +192,7 @@ class ShardedVector:
     def runs(self, start: int, stop: int, out: NDArray[Any]) -> list[ChunkRun] | None:
         """Return what `read_into` does as runs of chunks, None where it is more than that."""
         in_range = 0 <= start < stop <= len(self) and len(out) >= self.span(start, stop)
-        if not (in_range and self._layout.blosc and isinstance(self._blobs, LocalBlobs)):
+        if not (in_range and self._layout.blosc and isinstance(self._blobs, LocalByteReader)):
             return None
         chunk, chunks = self._layout.chunk, self._chunks_per_shard
         at, last, room, found = start // chunk, -(-stop // chunk), out.view(np.uint8), []
@@ -318,7 +318,7 @@ def read_runs(runs: Sequence[ChunkRun]) -> bool:
 
 
 def _joined(ranges: list[ByteRange]) -> list[ByteRange]:
-    """Join neighbours, as `ShardedVector` reads them."""
+    """Join neighbours, as `ShardedArray1D` reads them."""
     joined: list[ByteRange] = []
     for key, start, stop in ranges:
         if joined and joined[-1][0] == key and joined[-1][2] == start:
@@ -327,18 +327,18 @@ def _joined(ranges: list[ByteRange]) -> list[ByteRange]:
     return joined
 
 
-class ZarrVector:
+class ZarrArray1D:
     """Any 1-d array, read by zarr itself.
 
     Parameters
     ----------
-    blobs : Blobs
+    blobs : ByteReader
         Where the files are.
     path : str
         The array's path in `blobs`.
     """
 
-    def __init__(self, blobs: Blobs, path: str) -> None:
+    def __init__(self, blobs: ByteReader, path: str) -> None:
         self._where = blobs.locate(path)
         try:
             with without_delta_warning():
@@ -378,19 +378,19 @@ class ZarrVector:
         )
 
     def read_into(self, start: int, stop: int, out: NDArray[Any]) -> int:
-        """Read a range into a buffer; see `Vector.read_into`."""
+        """Read a range into a buffer; see `Array1D.read_into`."""
         out[: stop - start] = self.read(start, stop)
         return 0
 
 
-def open_vector(
-    blobs: Blobs, path: str, checksums: Mapping[str, str] = MappingProxyType({})
-) -> Vector:
+def open_array_1d(
+    blobs: ByteReader, path: str, checksums: Mapping[str, str] = MappingProxyType({})
+) -> Array1D:
     """Open a 1-d array, with the direct reader where it understands the array.
 
     Parameters
     ----------
-    blobs : Blobs
+    blobs : ByteReader
         Where the files are.
     path : str
         The array's path in `blobs`.
@@ -399,7 +399,7 @@ def open_vector(
 
     Returns
     -------
-    Vector
+    Array1D
 
     Raises
     ------
@@ -410,7 +410,7 @@ def open_vector(
     text = blobs.text(key)
     if text is None:
         if blobs.text(f"{path}/.zarray") is not None:  # Zarr v2
-            return ZarrVector(blobs, path)
+            return ZarrArray1D(blobs, path)
         raise StoreError(f"the file {blobs.locate(key)} is missing", "copy the store again")
     check_text(blobs, key, text, checksums)
     try:
@@ -419,7 +419,7 @@ def open_vector(
         raise StoreError(
             f"the file {blobs.locate(key)} is damaged ({error})", "copy the store again"
         ) from error
-    layout = Layout.parse(metadata)
+    layout = ArrayMetadata.parse(metadata)
     if layout is None:
-        return ZarrVector(blobs, path)
-    return ShardedVector(blobs, path, layout, checksums)
+        return ZarrArray1D(blobs, path)
+    return ShardedArray1D(blobs, path, layout, checksums)

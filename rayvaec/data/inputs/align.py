@@ -11,7 +11,7 @@ from scipy import sparse
 
 from rayvaec.data.inputs.counts import LARGEST_COUNT
 from rayvaec.errors import CountsError
-from rayvaec.util.messages import listing
+from rayvaec.util.messages import join_names
 
 
 def check_offsets(indptr: NDArray[np.int64], n: int, stored: int, where: str) -> None:
@@ -175,11 +175,11 @@ def refuse_missing(
     if len(missing) == len(genes):
         raise CountsError(
             f"{where} has none of the {len(genes)} genes that are needed (they start with "
-            f"{listing(genes, 3)}; its own with {listing(given, 3)})",
+            f"{join_names(genes, 3)}; its own with {join_names(given, 3)})",
             "use the same kind of gene names",
         )
     if missing and not allow_missing:
         raise CountsError(
-            f"{where} lacks {len(missing)} of {len(genes)} genes: {listing(missing)}",
+            f"{where} lacks {len(missing)} of {len(genes)} genes: {join_names(missing)}",
             "add them, or pass allow_missing=True to count them as zero",
         )

@@ -120,7 +120,10 @@ def warn_of_repeated(where: str, n_repeated: int, n_cells: int, example: str) ->
     logger.warning(
         "%s: %s of %s cells have the name of an earlier one; their random numbers are those of "
         "cells named by occurrence, such as %r",
-        *(where, f"{n_repeated:,}", f"{n_cells:,}", example),
+        where,
+        f"{n_repeated:,}",
+        f"{n_cells:,}",
+        example,
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayvaec.errors import CountsError
-from rayvaec.util.messages import listing
+from rayvaec.util.messages import join_names
 
 LARGEST_COUNT = 2**31 - 1
 
@@ -97,7 +97,7 @@ def _fix(layers: Sequence[str], option: str) -> str:
         return "pass raw counts (these look normalised or scaled, and there are no other layers)"
     example = next((name for name in layers if "count" in name.lower()), layers[0])
     quoted = example if option.startswith("?") else repr(example)
-    known = listing(layers) + (
+    known = join_names(layers) + (
         "; raw is adata.raw.X unless a layer is called so" if "raw" in layers else ""
     )
     return f"pass raw counts, such as {option}{quoted} (layers: {known})"

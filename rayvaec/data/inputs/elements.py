@@ -16,7 +16,7 @@ from rayvaec.data.inputs.access import Access
 from rayvaec.data.inputs.array_view import REWRITE, ArrayView
 from rayvaec.data.inputs.frame import Frame
 from rayvaec.errors import CountsError, FormatError
-from rayvaec.util.messages import choices, listing
+from rayvaec.util.messages import join_names, suggest
 
 RAW = "raw"
 """As a layer: the matrix and the genes of `AnnData.raw`."""
@@ -189,7 +189,7 @@ class AnnDataGroup:
             if element is None or element.attrs.get("encoding-type") == "null":
                 raise CountsError(
                     f"{self._access.where} has no X",
-                    f"use {self._option}NAME (layers: {listing(self.layers)})",
+                    f"use {self._option}NAME (layers: {join_names(self.layers)})",
                 )
             return element, self._var
         layers = child(root, "layers")
@@ -199,7 +199,7 @@ class AnnDataGroup:
         raw = self._raw() if layer == RAW else None
         if raw is not None:
             return raw
-        known = f"the layers are {choices(layer, self.layers)}"
+        known = f"the layers are {suggest(layer, self.layers)}"
         raise CountsError(
             f"{self._access.where} has no layer {layer!r}",
             known if self.layers else f"leave out {self._option.strip(' ?=')} to read X",
@@ -229,7 +229,7 @@ def _something_else(root: Any, access: Access) -> FormatError:
         names = (access.names(modalities) if hasattr(modalities, "keys") else None) or []
         first = names[0] if names else "rna"
         return FormatError(
-            f"{where} is a MuData of the modalities {listing(names)}",
+            f"{where} is a MuData of the modalities {join_names(names)}",
             f"write one of them alone: mudata.read(FILE)[{first!r}].write_h5ad(...)",
         )
     if root.attrs.get("encoding-type") == "annbatch-preshuffled":

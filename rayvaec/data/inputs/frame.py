@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rayvaec.data.inputs.access import Access, place_of
 from rayvaec.data.inputs.array_view import REWRITE, ArrayView
 from rayvaec.errors import CountsError, FormatError
-from rayvaec.util.messages import choices
+from rayvaec.util.messages import suggest
 
 _KINDS = {"i": "whole numbers", "u": "whole numbers", "f": "numbers", "b": "truth values"}
 _NULLABLE = ("nullable-string-array", "nullable-integer", "nullable-boolean")
@@ -265,7 +265,7 @@ class Frame:
         if key not in self.columns:
             raise CountsError(
                 f"{self._access.where} has no {self.name} column {key!r}",
-                f"the columns are {choices(key, self.columns)}",
+                f"the columns are {suggest(key, self.columns)}",
             )
         if self._fields is not None:
             return self._element

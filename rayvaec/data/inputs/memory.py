@@ -21,7 +21,7 @@ from rayvaec.data.inputs.align import canonical, check_offsets, check_positions,
 from rayvaec.data.inputs.cell_names import tell_apart
 from rayvaec.data.inputs.counts import as_counts, check_dtype
 from rayvaec.errors import ConfigError, CountsError
-from rayvaec.util.messages import choices, listing, missing_values, refuse_duplicates
+from rayvaec.util.messages import join_names, missing_values, refuse_duplicates, suggest
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -194,9 +194,9 @@ class InMemory:
         layer, layers = self._layer, self.layers
         if layer is None:
             if self._adata.X is None:
-                raise CountsError(f"{self._where} has no X", f"name a layer: {listing(layers)}")
+                raise CountsError(f"{self._where} has no X", f"name a layer: {join_names(layers)}")
         elif layer not in self._adata.layers and (layer != RAW or self._adata.raw is None):
-            fix = f"the layers are {choices(str(layer), layers)}"
+            fix = f"the layers are {suggest(str(layer), layers)}"
             if not layers:
                 fix = "there are no layers: leave out layer= to read X"
             raise CountsError(f"{self._where} has no layer {layer!r}", fix)
@@ -204,7 +204,7 @@ class InMemory:
     def _obs_column(self, key: str) -> pd.Series[Any]:
         obs = self._adata.obs
         if key not in obs:
-            fix = f"the columns are {choices(str(key), list(map(str, obs.columns)))}"
+            fix = f"the columns are {suggest(str(key), list(map(str, obs.columns)))}"
             if key in self._adata.obsm:
                 fix = f"obsm has {key!r}: make it a column with one name for each cell"
             raise CountsError(f"{self._where}.obs has no column {key!r}", fix)
@@ -226,7 +226,10 @@ class InMemory:
         if unused.any():
             logger.info(
                 "%s.obs[%r]: %d categories have no cells and are left out: %s",
-                *(self._where, key, unused.sum(), listing(names[unused])),
+                self._where,
+                key,
+                unused.sum(),
+                join_names(names[unused]),
             )
 
 
@@ -262,7 +265,7 @@ def refuse_other_types(adata: Any, where: str) -> None:
         raise CountsError(f"{where} is the path {os.fspath(adata)!r}, not an AnnData", fix)
     fix = "pass an AnnData of cells x genes"
     if kind == "MuData":
-        fix = f"pass one of its modalities: {listing(map(repr, adata.mod))}"
+        fix = f"pass one of its modalities: {join_names(map(repr, adata.mod))}"
     elif isinstance(adata, pd.DataFrame | np.ndarray) or sparse.issparse(adata):
         fix = "pass anndata.AnnData(X, obs, var): genes by name in var, labels in obs"
     raise CountsError(f"{where} is a {kind}, not an AnnData", fix)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayvaec.errors import ConfigError, CountsError
-from rayvaec.util.messages import listing
+from rayvaec.util.messages import join_names
 
 if TYPE_CHECKING:
     from rayvaec.data.inputs.frame import Column
@@ -214,7 +214,9 @@ def _say_unused(columns: Sequence[Column], used: set[str], key: str) -> None:
     if unused:
         logger.info(
             "%d categories of obs column %r have no cells and are left out: %s",
-            *(len(unused), key, listing(unused)),
+            len(unused),
+            key,
+            join_names(unused),
         )
 
 

@@ -17,24 +17,24 @@ import zarr
 from numpy.typing import NDArray
 
 from rayvaec.data.arrays.delta import without_delta_warning
-from rayvaec.data.arrays.sharded import Vector, open_vector
+from rayvaec.data.arrays.sharded import Array1D, open_array_1d
 from rayvaec.data.inputs.elements import AnnDataGroup
 from rayvaec.data.inputs.failures import reading
 from rayvaec.data.inputs.frame import Column
 from rayvaec.data.inputs.zarr_access import ZarrAccess
-from rayvaec.data.io.byte_reader import Blobs, ByteRange
+from rayvaec.data.io.byte_reader import ByteRange, ByteReader
 from rayvaec.data.store.manifest import COLLECTION, group_attributes
 from rayvaec.errors import CountsError, StoreError
 from rayvaec.util.location import Location
-from rayvaec.util.messages import listing
+from rayvaec.util.messages import join_names
 
 
-class CastVector:
+class CastArray1D:
     """Another vector's elements in another type.
 
     Parameters
     ----------
-    inner : Vector
+    inner : Array1D
         Where they are read.
     dtype : dtype
         What they become.
@@ -42,7 +42,7 @@ class CastVector:
         What stands for each of them, negative ones counted from its end.
     """
 
-    def __init__(self, inner: Vector, dtype: Any, table: NDArray[Any] | None = None) -> None:
+    def __init__(self, inner: Array1D, dtype: Any, table: NDArray[Any] | None = None) -> None:
         self._inner, self._dtype, self._table = inner, np.dtype(dtype), table
 
     @property
@@ -58,14 +58,14 @@ class CastVector:
         return stop - start
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Return a range as a new array; errors as in `Vector.read_into`."""
+        """Return a range as a new array; errors as in `Array1D.read_into`."""
         values = self._inner.read(start, stop)
         if self._table is not None:
             values = self._table[values]
         return values.astype(self._dtype, copy=False)
 
     def read_into(self, start: int, stop: int, out: NDArray[Any]) -> int:
-        """Read a range into a buffer; see `Vector.read_into`."""
+        """Read a range into a buffer; see `Array1D.read_into`."""
         out[: stop - start] = self.read(start, stop)
         return 0
 
@@ -74,7 +74,7 @@ class CastVector:
         return self._inner.files(start, stop)
 
 
-class HeldVector(CastVector):
+class InMemoryArray1D(CastArray1D):
     """Elements in memory.
 
     Parameters
@@ -104,13 +104,13 @@ class CodedColumn:
 
     Parameters
     ----------
-    codes : Vector, [n_cells]
+    codes : Array1D, [n_cells]
         Positions in `categories`, negative where a value is missing.
     categories : tuple of str
         The values as text; some may be of no cell.
     """
 
-    codes: Vector
+    codes: Array1D
     categories: tuple[str, ...]
 
 
@@ -121,7 +121,7 @@ class Member:
     ----------
     where : Path or Url
         The store that it belongs to, for messages.
-    blobs : Blobs
+    blobs : ByteReader
         The store's files.
     name : str
         Its group in the store; empty where the store is this AnnData.
@@ -143,7 +143,9 @@ class Member:
         If it is not an AnnData with a CSR matrix and a name for every cell and gene.
     """
 
-    def __init__(self, where: Location, blobs: Blobs, name: str, layer: str | None = None) -> None:
+    def __init__(
+        self, where: Location, blobs: ByteReader, name: str, layer: str | None = None
+    ) -> None:
         self.blobs, self.name, self.layer = blobs, name, layer
         self.place = str(where / name if name else where)
         self.where = f"{self.place}, {'X' if layer is None else f'layer {layer}'}"
@@ -183,9 +185,9 @@ class Member:
         with reading(self.place):
             return self._group.obs.names(start, stop)
 
-    def matrix_part(self, part: str) -> Vector:
+    def matrix_part(self, part: str) -> Array1D:
         """Open ``data``, ``indices`` or ``indptr`` of the matrix."""
-        return open_vector(self.blobs, self._matrix[part].place)
+        return open_array_1d(self.blobs, self._matrix[part].place)
 
     def column(self, key: str) -> Column:
         """Read an obs column; parameters, result and errors as in `Frame.column`."""
@@ -213,9 +215,9 @@ class Member:
             coded = self._group.obs.coded(key)
             if coded is not None:
                 codes, categories, _ = coded
-                return CodedColumn(open_vector(self.blobs, codes.place), categories)
+                return CodedColumn(open_array_1d(self.blobs, codes.place), categories)
             column = self._group.obs.column(key)
-        return CodedColumn(HeldVector(column.codes), column.categories)
+        return CodedColumn(InMemoryArray1D(column.codes), column.categories)
 
     def digest(self, keys: Sequence[str]) -> str:
         """Return what changes where the shape, the types or the layout of the AnnData change.
@@ -236,14 +238,14 @@ class Member:
         return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
-def open_members(where: Location, blobs: Blobs, layer: str | None = None) -> list[Member]:
+def open_members(where: Location, blobs: ByteReader, layer: str | None = None) -> list[Member]:
     """Open what rayvaec did not write.
 
     Parameters
     ----------
     where : Path or Url
         An AnnData Zarr, or an annbatch collection.
-    blobs : Blobs
+    blobs : ByteReader
         Its files.
     layer : str, optional
         Layer with the counts of every member.
@@ -289,8 +291,8 @@ def _check_genes(first: Member, other: Member) -> None:
         only_first = [gene for gene in first.genes if gene not in theirs]
         only_other = [gene for gene in other.genes if gene not in ours]
         problem = (
-            f"has other genes: it lacks {listing(only_first, 3)}, and {first.place} lacks "
-            f"{listing(only_other, 3)}"
+            f"has other genes: it lacks {join_names(only_first, 3)}, and {first.place} lacks "
+            f"{join_names(only_other, 3)}"
         )
     raise CountsError(
         f"{other.place} {problem}",

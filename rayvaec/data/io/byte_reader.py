@@ -24,7 +24,7 @@ ByteRange = tuple[str, int, int]
 """A file, and the first and one past the last of some of its bytes."""
 
 
-class Blobs(Protocol):
+class ByteReader(Protocol):
     """Read access to the files below one root."""
 
     @property
@@ -84,7 +84,7 @@ class OpenFile:
             os.close(self.descriptor)
 
 
-class LocalBlobs:
+class LocalByteReader:
     """Files below a folder of this machine; safe to use from several threads.
 
     Parameters
@@ -128,7 +128,7 @@ class LocalBlobs:
             raise self._unreadable(key, error) from error
 
     def read(self, key: str, start: int, out: NDArray[np.uint8]) -> None:
-        """Fill `out` with the bytes of a file, from `start` on; see `Blobs.read`."""
+        """Fill `out` with the bytes of a file, from `start` on; see `ByteReader.read`."""
         room, done = out.data, 0
         try:
             file = self.file(key)

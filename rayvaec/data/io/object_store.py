@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rayvaec.data.io.byte_reader import Blobs, ByteRange, LocalBlobs
+from rayvaec.data.io.byte_reader import ByteRange, ByteReader, LocalByteReader
 from rayvaec.errors import ConfigError, StoreError
 from rayvaec.util.location import Location, Url
 
@@ -42,7 +42,7 @@ MAX_RETRIES = 8
 TIMEOUT_S, CONNECT_TIMEOUT_S, RETRY_TIMEOUT_S = 60, 10, 90
 
 
-class RemoteBlobs:
+class ObjectStoreReader:
     """Files below a URL; safe to use from several threads.
 
     Parameters
@@ -91,7 +91,7 @@ class RemoteBlobs:
             return None
 
     def read(self, key: str, start: int, out: NDArray[np.uint8]) -> None:
-        """Fill `out` with the bytes of a file, from `start` on; see `Blobs.read`."""
+        """Fill `out` with the bytes of a file, from `start` on; see `ByteReader.read`."""
         stop = start + len(out)
         for begin, content in getattr(self._fetched, "ranges", {}).get(key, ()):
             if begin <= start and stop <= begin + len(content):
@@ -127,9 +127,9 @@ class RemoteBlobs:
 
     def zarr_store(self) -> Any:
         """Return what zarr opens these files by."""
-        from rayvaec.data.io.zarr_store import ZarrFiles
+        from rayvaec.data.io.zarr_store import ByteReaderStore
 
-        return ZarrFiles(self)
+        return ByteReaderStore(self)
 
     def zarr_array(self, path: str) -> zarr.Array[Any]:
         """Open an array with zarr itself."""
@@ -240,7 +240,7 @@ class RemoteBlobs:
         return StoreError(f"{where} cannot be read: {_network_problem(said)}", _LATER)
 
 
-def open_blobs(where: Location) -> Blobs:
+def open_reader(where: Location) -> ByteReader:
     """Return access to the files of a folder or below a URL.
 
     Parameters
@@ -250,7 +250,7 @@ def open_blobs(where: Location) -> Blobs:
 
     Returns
     -------
-    Blobs
+    ByteReader
 
     Raises
     ------
@@ -258,8 +258,8 @@ def open_blobs(where: Location) -> Blobs:
         If it is a URL and obstore is not installed, or configured wrongly.
     """
     if isinstance(where, Url):
-        return RemoteBlobs(where)
-    return LocalBlobs(where)
+        return ObjectStoreReader(where)
+    return LocalByteReader(where)
 
 
 _LATER = "check the URL and the network, and try again"

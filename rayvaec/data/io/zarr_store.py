@@ -18,15 +18,15 @@ from zarr.abc.store import (
 if TYPE_CHECKING:
     from zarr.core.buffer import Buffer, BufferPrototype
 
-    from rayvaec.data.io.byte_reader import Blobs
+    from rayvaec.data.io.byte_reader import ByteReader
 
 
-class ZarrFiles(Store):
+class ByteReaderStore(Store):
     """Read-only files for zarr; they cannot be listed.
 
     Parameters
     ----------
-    blobs : Blobs
+    blobs : ByteReader
         The files.
     """
 
@@ -34,12 +34,12 @@ class ZarrFiles(Store):
     supports_deletes = False
     supports_listing = False
 
-    def __init__(self, blobs: Blobs) -> None:
+    def __init__(self, blobs: ByteReader) -> None:
         super().__init__(read_only=True)
         self._blobs = blobs
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ZarrFiles) and other._blobs is self._blobs
+        return isinstance(other, ByteReaderStore) and other._blobs is self._blobs
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from rayvaec.data.loading.sampler import LanePlan
 from rayvaec.data.loading.shuffle_buffer import (
-    Buffers,
     Minibatch,
     Pick,
+    ReusableBuffers,
     Window,
     gather,
     load_window,
@@ -72,7 +72,7 @@ class LaneReader:
         Runs the loading of windows.
     ahead : int
         Windows are loaded from this many steps before they are needed.
-    free : list of Buffers
+    free : list of ReusableBuffers
         Room that readers before this one have left; this one takes from it and leaves its own.
     """
 
@@ -84,12 +84,12 @@ class LaneReader:
         first_step: int,
         decoders: Executor,
         ahead: int,
-        free: list[Buffers],
+        free: list[ReusableBuffers],
     ) -> None:
         self._store, self._plan, self._decoders, self._ahead = store, plan, decoders, ahead
         self._lanes = [_lane(plan, number, first_step) for number in lanes]
         self._free = free
-        self._rooms: list[Buffers] = []
+        self._rooms: list[ReusableBuffers] = []
 
     def read(self, step: int) -> Minibatch:
         """Return the lanes' rows of a step.
@@ -109,7 +109,7 @@ class LaneReader:
             If a file is missing, cut short or damaged; the message names it.
         """
         picks: list[Pick] = []
-        used_up: list[Buffers] = []
+        used_up: list[ReusableBuffers] = []
         for lane in self._lanes:
             self._request(lane)
         for lane in self._lanes:
@@ -139,7 +139,7 @@ class LaneReader:
         order = self._plan.order(lane.number, number, end - begin)
         return load_window(self._store, self._plan.runs(begin, end), buffers, (begin, end), order)
 
-    def _room(self) -> Buffers:
+    def _room(self) -> ReusableBuffers:
         """Return room for a minibatch that no earlier minibatch is in any more."""
         for room in self._rooms:
             if not room.in_use():
@@ -151,14 +151,14 @@ class LaneReader:
             self._rooms.append(room)
         return room
 
-    def _take(self) -> Buffers:
+    def _take(self) -> ReusableBuffers:
         """Return room that nobody uses."""
         try:
             # A consumer may still hold what was gathered last in the epoch before.
             while (buffers := self._free.pop()).in_use():
                 pass
         except IndexError:
-            return Buffers(self._store)
+            return ReusableBuffers(self._store)
         return buffers
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from rayvaec.data.loading.lane_reader import LaneReader
 from rayvaec.data.loading.sampler import LanePlan
-from rayvaec.data.loading.shuffle_buffer import Buffers, Minibatch
+from rayvaec.data.loading.shuffle_buffer import Minibatch, ReusableBuffers
 from rayvaec.data.store.open import Store
 from rayvaec.errors import ConfigError
 
@@ -98,7 +98,7 @@ class Loader:
         self._rank, self._world_size, self._prefetch = rank, world_size, prefetch
         self._rows, self._threads = store.rows(split), threads
         self._batch_size, self._lanes, self._block_rows = batch_size, lanes, block_rows
-        self._free: list[Buffers] = []
+        self._free: list[ReusableBuffers] = []
         self._window_blocks = buffer_rows // (lanes * block_rows)
 
     @property
@@ -181,7 +181,13 @@ class Loader:
         lanes = range(self._rank, self._lanes, self._world_size)
         decoders = ThreadPoolExecutor(self._threads, thread_name_prefix="rayvaec-decode")
         reader = LaneReader(
-            *(self._store, plan, lanes, steps.start, decoders, self._prefetch, self._free)
+            store=self._store,
+            plan=plan,
+            lanes=lanes,
+            first_step=steps.start,
+            decoders=decoders,
+            ahead=self._prefetch,
+            free=self._free,
         )
         try:
             yield from prefetched(lambda step: prepare(reader.read(step)), steps, self._prefetch)

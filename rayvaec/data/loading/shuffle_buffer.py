@@ -29,7 +29,7 @@ SMALL_ROOM = 2**19
 COUNTS_AT, INDICES_AT, LENGTH, CELL, LABEL, BATCH = range(6)
 
 
-class Buffers:
+class ReusableBuffers:
     """Room for stored values that is used again and again.
 
     Fresh memory costs as much as decoding into it: the system hands it out page by page. Where half
@@ -101,7 +101,7 @@ class Window:
     ----------
     begin, end : int
         The part of a lane's line that these rows are.
-    buffers : Buffers
+    buffers : ReusableBuffers
         Where the values are.
     rows : array[n_rows, 6] of int64
         For each row the addresses of its counts and of its indices in the buffers, how many there
@@ -111,14 +111,14 @@ class Window:
 
     begin: int
     end: int
-    buffers: Buffers
+    buffers: ReusableBuffers
     rows: NDArray[np.int64]
 
 
 def load_window(
     store: Store,
     runs: Sequence[tuple[int, int]],
-    buffers: Buffers,
+    buffers: ReusableBuffers,
     line: tuple[int, int],
     order: NDArray[np.int64],
 ) -> Window:
@@ -130,7 +130,7 @@ def load_window(
         Where to read.
     runs : sequence of (int, int)
         Rows, as (start, stop), at least one.
-    buffers : Buffers
+    buffers : ReusableBuffers
         Where to put the values; they belong to the window from now on.
     line : (int, int)
         `begin` and `end` of the window.
@@ -153,8 +153,12 @@ def load_window(
     places_of_values = _decode(pieces, buffers)
     rows = np.empty((len(order), 6), np.int64)
     bad = fill_rows(
-        *(rows, order, places_of_values, np.concatenate([piece.offsets for piece in pieces])),
-        *(np.concatenate([np.arange(*run) for run in runs]), _codes([p.labels for p in pieces])),
+        rows,
+        order,
+        places_of_values,
+        np.concatenate([piece.offsets for piece in pieces]),
+        np.concatenate([np.arange(*run) for run in runs]),
+        _codes([p.labels for p in pieces]),
         _codes([np.zeros_like(p.labels) if p.batches is None else p.batches for p in pieces]),
     )
     if bad >= 0:
@@ -175,7 +179,7 @@ def _pieces(places: Sequence[tuple[Partition, int, int]]) -> list[_Piece]:
     ]
 
 
-def _decode(pieces: Sequence[_Piece], buffers: Buffers) -> NDArray[np.int64]:
+def _decode(pieces: Sequence[_Piece], buffers: ReusableBuffers) -> NDArray[np.int64]:
     """Decode the values of pieces one after the other.
 
     Returns
@@ -311,7 +315,7 @@ class Pick:
 
 
 def gather(
-    store: Store, picks: Sequence[Pick], room: Buffers, n_global: int, step: int
+    store: Store, picks: Sequence[Pick], room: ReusableBuffers, n_global: int, step: int
 ) -> Minibatch:
     """Copy rows out of windows.
 
@@ -321,7 +325,7 @@ def gather(
         Where the windows come from.
     picks : sequence of Pick
         Which rows to take, in the order of the result.
-    room : Buffers
+    room : ReusableBuffers
         Where to put the values; the result holds views of it.
     n_global, step : int
         As in `Minibatch`.

@@ -23,7 +23,7 @@ from rayvaec.data.store.manifest import Manifest, Portion
 from rayvaec.data.store.open import open_store
 from rayvaec.errors import ConfigError, CountsError, StoreError
 from rayvaec.util.atomic import remove
-from rayvaec.util.messages import choices, listing
+from rayvaec.util.messages import join_names, suggest
 
 logger = logging.getLogger("rayvaec")
 
@@ -197,8 +197,8 @@ def appended_names(old: OldStore, inputs: Sequence[Input], config: PrepareConfig
     labels, label_codes = read_codes(inputs, config.labels_key, "label", registry.labels)
     if labels and not config.new_labels:
         raise CountsError(
-            f"{len(labels)} labels are new to the store {old.path}: {listing(labels)}",
-            f"rename them (the store has {choices(labels[0], registry.labels)}), or add them with "
+            f"{len(labels)} labels are new to the store {old.path}: {join_names(labels)}",
+            f"rename them (the store has {suggest(labels[0], registry.labels)}), or add them with "
             "--new-labels: models that were trained before do not know them",
         )
     batches: tuple[str, ...] = ()
@@ -207,7 +207,7 @@ def appended_names(old: OldStore, inputs: Sequence[Input], config: PrepareConfig
         batches, batch_codes = read_codes(inputs, config.batch_key, "batch", registry.batches)
     for new, what in ((labels, "labels"), (batches, "batches")):
         if new:
-            logger.warning("the store gets %d new %s: %s", len(new), what, listing(new))
+            logger.warning("the store gets %d new %s: %s", len(new), what, join_names(new))
     grown = replace(
         registry, labels=(*registry.labels, *labels), batches=(*registry.batches, *batches)
     )

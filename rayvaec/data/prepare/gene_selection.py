@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rayvaec.data.inputs.reader import Input
 from rayvaec.data.registry import Registry, inverse
 from rayvaec.errors import ConfigError, CountsError
-from rayvaec.util.messages import choices, listing, refuse_duplicates
+from rayvaec.util.messages import join_names, refuse_duplicates, suggest
 
 logger = logging.getLogger("rayvaec")
 
@@ -90,7 +90,7 @@ def choose_genes(
         _warn_of_few(inputs, len(common), len(chosen), "the others count as zero where absent")
         return chosen
     if not common:
-        starts = "; ".join(f"{source.path}: {listing(source.genes, 3)}" for source in inputs)
+        starts = "; ".join(f"{source.path}: {join_names(source.genes, 3)}" for source in inputs)
         raise CountsError(f"no gene is in all inputs ({starts})", "use one kind of gene names")
     fewest = min(source.n_genes for source in inputs)
     _warn_of_few(inputs, len(common), fewest, "the others are left out")
@@ -110,7 +110,7 @@ def _refuse_strangers(inputs: Sequence[Input]) -> None:
         if not linked:
             raise CountsError(
                 f"{others[0].path} shares no gene with {first.path} "
-                f"({listing(others[0].genes, 3)}; {listing(first.genes, 3)})",
+                f"({join_names(others[0].genes, 3)}; {join_names(first.genes, 3)})",
                 "use one kind of gene names: genes that other inputs lack would count as zero in "
                 "all of their cells",
             )
@@ -125,7 +125,12 @@ def _warn_of_few(inputs: Sequence[Input], n_common: int, n_genes: int, else_: st
         logger.warning(
             "the inputs share %d of %d genes, %s: check that all use one kind of gene names "
             "(%s has %d genes: %s)",
-            *(n_common, n_genes, else_, fewest.path, fewest.n_genes, listing(fewest.genes, 3)),
+            n_common,
+            n_genes,
+            else_,
+            fewest.path,
+            fewest.n_genes,
+            join_names(fewest.genes, 3),
         )
 
 
@@ -145,9 +150,9 @@ def _genes_of_file(inputs: Sequence[Input], path: Path) -> tuple[str, ...]:
         if missing:
             raise CountsError(
                 f"{source.path} lacks {len(missing)} of the {len(genes)} genes in {path}: "
-                f"{listing(missing)}",
+                f"{join_names(missing)}",
                 f"remove them from the list (genes like {missing[0]}: "
-                f"{choices(missing[0], source.genes, 3)})",
+                f"{suggest(missing[0], source.genes, 3)})",
             )
     return tuple(genes)
 
@@ -163,8 +168,8 @@ def _refuse_difference(inputs: Sequence[Input]) -> None:
             only_other = [gene for gene in other.genes if gene not in ours]
             raise CountsError(
                 f"genes differ: {len(only_first)} only in {first.path} "
-                f"({listing(only_first, 3)}), {len(only_other)} only in {other.path} "
-                f"({listing(only_other, 3)})",
+                f"({join_names(only_first, 3)}), {len(only_other)} only in {other.path} "
+                f"({join_names(only_other, 3)})",
                 "use --genes=intersect (shared ones), union (absent ones count as zero) or FILE",
             )
 
@@ -210,13 +215,13 @@ def check_appended_genes(
         if found.missing and not (absent_is_zero and n_shared):
             raise CountsError(
                 f"{source.path} lacks {len(found.missing)} of the store's {registry.n_genes} "
-                f"genes: {listing(found.missing)}",
+                f"genes: {join_names(found.missing)}",
                 "count them as zero with --genes=union, or write a store of all inputs anew",
             )
         if found.extra and not drop_unknown:
             raise CountsError(
                 f"{source.path} has {len(found.extra)} genes that the store does not have: "
-                f"{listing(found.extra)}",
+                f"{join_names(found.extra)}",
                 "leave them out with --genes=intersect (or union, where others are absent), or "
                 "write a store of all inputs anew",
             )
@@ -224,5 +229,7 @@ def check_appended_genes(
             logger.warning(
                 "%s has %d of the store's %d genes, the others count as zero: check that both use "
                 "one kind of gene names",
-                *(source.path, n_shared, registry.n_genes),
+                source.path,
+                n_shared,
+                registry.n_genes,
             )

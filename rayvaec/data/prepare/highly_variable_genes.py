@@ -75,7 +75,7 @@ def most_variable(
     n_top_genes : int
         How many to choose.
     block_elements, scratch
-        As in `rayvaec.data.prepare.validate.survey`.
+        As in `rayvaec.data.prepare.validate.validate`.
 
     Returns
     -------
@@ -198,7 +198,8 @@ def expected_deviations(moments: GeneMoments, called: Sequence[str]) -> NDArray[
             raise _no_curve(name, n, f"{n_varying} genes vary and {LEAST_GENES} are needed")
         try:
             model = loess(
-                *(np.log10(means[batch, varies]), np.log10(variances[batch, varies])),
+                np.log10(means[batch, varies]),
+                np.log10(variances[batch, varies]),
                 span=SPAN,
                 degree=2,
             )

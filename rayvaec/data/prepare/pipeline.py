@@ -42,12 +42,12 @@ from rayvaec.data.prepare.memory import Budget, plan_memory
 from rayvaec.data.prepare.partition_tasks import PartitionJob, write_partitions
 from rayvaec.data.prepare.partitions import CountsDtypes, write_manifest
 from rayvaec.data.prepare.shuffle import PartitionPlan, deal, plan_partitions, shuffled_positions
-from rayvaec.data.prepare.validate import Names, Survey, read_names, survey
+from rayvaec.data.prepare.validate import Names, ValidationResult, read_names, validate
 from rayvaec.data.store.manifest import Manifest, PartitionInfo
 from rayvaec.errors import ConfigError, CountsError, StoreError
 from rayvaec.util.atomic import check_free, check_suffix, remove
 from rayvaec.util.lock import WriteLock
-from rayvaec.util.messages import listing
+from rayvaec.util.messages import join_names
 
 logger = logging.getLogger("rayvaec")
 
@@ -57,7 +57,7 @@ NO_HASHES = np.empty(0, np.uint64)
 
 
 @dataclass(frozen=True)
-class _Task:
+class _PrepareJob:
     """One call of `prepare`: what is read, how, and where it is written."""
 
     sources: list[Input]
@@ -135,7 +135,7 @@ def prepare(
             check_seen(paths, [out])
         plan = work_plan(named, config, old.manifest.hash() if old else None)
         with working(out, plan, resume=resume, overwrite=overwrite) as work:
-            task = _Task(sources, config, budget, work, old)
+            task = _PrepareJob(sources, config, budget, work, old)
             record = work.read("manifest")
             manifest = Manifest.from_json(record, str(out)) if record else _write(task)
             _publish(task, manifest)
@@ -161,13 +161,13 @@ def _is_appended(out: Path, old: OldStore) -> bool:
     return record is not None and Manifest.from_json(record, str(out)).hash() == old.manifest.hash()
 
 
-def _write(task: _Task) -> Manifest:
+def _write(task: _PrepareJob) -> Manifest:
     """Write all partitions into the workspace, and note the manifest there."""
     sources, config, work, old = task.sources, task.config, task.work, task.old
     if old is not None:
         old.remove_strays()
     names, gene_choice = _names(task)
-    found = survey(sources, names, task.budget.block_elements, work)
+    found = validate(sources, names, task.budget.block_elements, work)
     kept = _kept_cells(sources, found, config.drop_empty)
     dtypes = CountsDtypes.smallest(found.max_count, found.registry.n_genes)
     if old is not None:
@@ -191,7 +191,7 @@ def _write(task: _Task) -> Manifest:
     return manifest
 
 
-def _names(task: _Task) -> tuple[Names, dict[str, Any]]:
+def _names(task: _PrepareJob) -> tuple[Names, dict[str, Any]]:
     """Return the inputs' names with the genes to keep, and how these were chosen by counts."""
     sources, config, work = task.sources, task.config, task.work
     if task.old is not None:
@@ -228,7 +228,9 @@ def _check_room(out: Path, plan: PartitionPlan) -> None:
         )
 
 
-def _kept_cells(sources: Sequence[Input], found: Survey, drop_empty: bool) -> NDArray[np.int64]:
+def _kept_cells(
+    sources: Sequence[Input], found: ValidationResult, drop_empty: bool
+) -> NDArray[np.int64]:
     """Return which cells to write; one without counts is an error unless it shall be dropped."""
     n_empty = int(np.count_nonzero(found.empty))
     if n_empty and not drop_empty:
@@ -249,13 +251,15 @@ def _kept_cells(sources: Sequence[Input], found: Survey, drop_empty: bool) -> ND
     lost = np.setdiff1d(there, np.unique(found.labels[kept]))
     if lost.size:
         raise CountsError(
-            f"no cell of {listing([found.registry.labels[code] for code in lost])} has counts",
+            f"no cell of {join_names([found.registry.labels[code] for code in lost])} has counts",
             "remove these labels from the inputs",
         )
     return kept
 
 
-def _partitions(task: _Task, found: Survey, plan: PartitionPlan) -> list[PartitionInfo]:
+def _partitions(
+    task: _PrepareJob, found: ValidationResult, plan: PartitionPlan
+) -> list[PartitionInfo]:
     """Write the partitions, as many at once as are wanted and as memory allows."""
     config, first = task.config, len(task.old.manifest.partitions) if task.old else 0
     jobs = [
@@ -278,8 +282,8 @@ def _partitions(task: _Task, found: Survey, plan: PartitionPlan) -> list[Partiti
 
 
 def _manifest(
-    task: _Task,
-    found: Survey,
+    task: _PrepareJob,
+    found: ValidationResult,
     kept: NDArray[np.int64],
     plan: PartitionPlan,
     partitions: Sequence[PartitionInfo],
@@ -325,7 +329,7 @@ def _source(source: Input) -> dict[str, Any]:
     }
 
 
-def _publish(task: _Task, manifest: Manifest) -> None:
+def _publish(task: _PrepareJob, manifest: Manifest) -> None:
     """Put what is written in its place."""
     work, old = task.work, task.old
     if old is not None:

@@ -15,7 +15,7 @@ from rayvaec.data.prepare.job import Workspace
 from rayvaec.data.prepare.memory import LEAST_PARTITION, Budget, partition_bytes, show_bytes
 from rayvaec.data.prepare.partitions import CountsDtypes
 from rayvaec.data.prepare.spill import Scatter
-from rayvaec.data.prepare.validate import Survey, aligned_blocks
+from rayvaec.data.prepare.validate import ValidationResult, aligned_blocks
 from rayvaec.errors import ConfigError
 from rayvaec.util.atomic import remove
 from rayvaec.util.progress import Progress
@@ -100,7 +100,8 @@ def plan_partitions(
         logger.warning(
             "partitions get %d values instead of %d, as --memory allows no more: the same inputs "
             "give other partitions with more memory",
-            *(plan.elements, budget.partition_elements),
+            plan.elements,
+            budget.partition_elements,
         )
     return plan
 
@@ -119,7 +120,7 @@ def shuffled_positions(n: int, seed: int, portion: int = 0) -> NDArray[np.int64]
 
 def deal(
     sources: Sequence[Input],
-    found: Survey,
+    found: ValidationResult,
     destinations: NDArray[np.int64],
     old_hashes: NDArray[np.uint64],
     plan: PartitionPlan,
@@ -132,7 +133,7 @@ def deal(
     ----------
     sources : sequence of Input
         Opened for reading.
-    found : Survey
+    found : ValidationResult
         What the first pass found.
     destinations : array[n_cells] of int64
         Where each cell goes in the shuffled order, -1 for nowhere.
@@ -155,12 +156,19 @@ def deal(
     if renamed:
         logger.warning("%d cells have the name of another and get a suffix", renamed)
     scatter = Scatter(
-        *(work.scratch / "partitions", plan.bounds, plan.dtypes),
-        *(budget.waiting_elements, record["sizes"]),
+        folder=work.scratch / "partitions",
+        bounds=plan.bounds,
+        dtypes=plan.dtypes,
+        buffer_elements=budget.waiting_elements,
+        sizes=record["sizes"],
     )
     blocks = aligned_blocks(
-        *(sources, found.targets, found.registry, budget.block_elements, work.scratch),
-        record["cells"],
+        inputs=sources,
+        targets=found.targets,
+        registry=found.registry,
+        elements=budget.block_elements,
+        scratch=work.scratch,
+        first=record["cells"],
     )
     with Progress(n_cells, "cells", "shuffling", done=record["cells"]) as progress:
         for start, names, x in blocks:

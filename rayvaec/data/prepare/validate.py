@@ -22,7 +22,7 @@ from rayvaec.data.registry import Registry
 from rayvaec.util.progress import Progress
 
 
-class SurveyNotes:
+class ValidationState:
     """Running results of the first pass; begins with what a workspace has noted.
 
     Parameters
@@ -37,7 +37,7 @@ class SurveyNotes:
     cells : int
         How many cells are checked.
     empty, hashes : array[n_cells] of bool and uint64
-        As in `rayvaec.data.prepare.validate.Survey`, for the checked cells.
+        As in `rayvaec.data.prepare.validate.ValidationResult`, for the checked cells.
     gene_totals : array[n_genes] of int64
         Sum of each gene's counts.
     nnz, max_count : int
@@ -107,7 +107,7 @@ class Names:
     Parameters
     ----------
     registry, targets, labels, batches
-        As in `Survey`.
+        As in `ValidationResult`.
     """
 
     registry: Registry
@@ -117,7 +117,7 @@ class Names:
 
 
 @dataclass(frozen=True)
-class Survey:
+class ValidationResult:
     """What the inputs hold; arrays run over the cells of all inputs, one input after the other.
 
     Parameters
@@ -151,7 +151,9 @@ class Survey:
     max_count: int
 
 
-def survey(inputs: Sequence[Input], names: Names, block_elements: int, work: Workspace) -> Survey:
+def validate(
+    inputs: Sequence[Input], names: Names, block_elements: int, work: Workspace
+) -> ValidationResult:
     """Check every value and name of the inputs.
 
     Parameters
@@ -167,7 +169,7 @@ def survey(inputs: Sequence[Input], names: Names, block_elements: int, work: Wor
 
     Returns
     -------
-    Survey
+    ValidationResult
 
     Raises
     ------
@@ -175,10 +177,15 @@ def survey(inputs: Sequence[Input], names: Names, block_elements: int, work: Wor
         For whatever cannot be trained on; the message names value and place.
     """
     registry, n_cells = names.registry, len(names.labels)
-    notes = SurveyNotes(work, n_cells, registry.n_genes)
+    notes = ValidationState(work, n_cells, registry.n_genes)
     with Progress(n_cells, "cells", "checking", done=notes.cells) as progress:
         blocks = aligned_blocks(
-            *(inputs, names.targets, registry, block_elements, work.scratch), notes.cells
+            inputs=inputs,
+            targets=names.targets,
+            registry=registry,
+            elements=block_elements,
+            scratch=work.scratch,
+            first=notes.cells,
         )
         for start, cells, x in blocks:
             notes.add(start, cells, x)
@@ -186,7 +193,7 @@ def survey(inputs: Sequence[Input], names: Names, block_elements: int, work: Wor
             if work.is_due():
                 notes.save()
     notes.save()
-    return Survey(
+    return ValidationResult(
         registry,
         names.targets,
         labels=names.labels,
@@ -250,7 +257,7 @@ def aligned_blocks(
     Parameters
     ----------
     inputs, targets, registry
-        As in `Survey`.
+        As in `ValidationResult`.
     elements : int
         About how many stored values a block shall hold.
     scratch : Path

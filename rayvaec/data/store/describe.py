@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from rayvaec.data.io.object_store import open_blobs
+from rayvaec.data.io.object_store import open_reader
 from rayvaec.data.store.manifest import Manifest
 from rayvaec.data.store.open import Store
 from rayvaec.util.location import Location, Url
-from rayvaec.util.messages import listing
+from rayvaec.util.messages import join_names
 
 
 def describe_store(store: Store) -> str:
@@ -32,7 +32,7 @@ def describe_store(store: Store) -> str:
         ("labels", _labels(manifest)),
     ]
     if registry.batch_key is not None:
-        batches = f"{registry.n_batches:,} in {registry.batch_key}: {listing(registry.batches)}"
+        batches = f"{registry.n_batches:,} in {registry.batch_key}: {join_names(registry.batches)}"
         rows.append(("batches", batches))
     rows += [
         ("stored", _stored(store)),
@@ -47,7 +47,7 @@ def describe_store(store: Store) -> str:
     return "\n".join([f"store {store.path}", *(f"  {key:8} {text}" for key, text in rows)])
 
 
-def describe_foreign(where: Location) -> str:
+def describe_external(where: Location) -> str:
     """Describe an AnnData Zarr or a collection that rayvaec did not write, without reading it all.
 
     Parameters
@@ -67,15 +67,15 @@ def describe_foreign(where: Location) -> str:
     """
     from rayvaec.data.inputs.zarr_reader import open_members  # brings zarr
 
-    members = open_members(where, open_blobs(where))
+    members = open_members(where, open_reader(where))
     first, n_cells = members[0], sum(member.n_cells for member in members)
     values = first.matrix_part("data")
     shared = [key for key in first.columns if all(key in member.columns for member in members)]
     rows = [
         ("cells", f"{n_cells:,} in {len(members):,} AnnData"),
-        ("genes", f"{first.n_genes:,}: {listing(first.genes, 3)}"),
+        ("genes", f"{first.n_genes:,}: {join_names(first.genes, 3)}"),
         ("counts", f"CSR of {values.dtype}, not checked yet"),
-        ("columns", listing(shared, 30)),
+        ("columns", join_names(shared, 30)),
         ("next", f"rayvaec train {where} --out RUN --labels-key KEY"),
     ]
     title = f"AnnData that rayvaec did not write: {where}"
@@ -102,7 +102,7 @@ def _appended(manifest: Manifest) -> str:
 
 def _genes(manifest: Manifest) -> str:
     registry, choice = manifest.registry, manifest.gene_choice
-    named = f"{registry.n_genes:,}: {listing(registry.genes, 3)}"
+    named = f"{registry.n_genes:,}: {join_names(registry.genes, 3)}"
     if not choice:
         return named
     per_batch = f", ranked per {choice['batch_key']}" if choice["batch_key"] else ""
@@ -122,7 +122,7 @@ def _counts(manifest: Manifest) -> str:
 
 def _labels(manifest: Manifest) -> str:
     labels = zip(manifest.registry.labels, manifest.cells_per_label, strict=True)
-    named = listing(f"{label} ({n:,})" for label, n in labels)
+    named = join_names(f"{label} ({n:,})" for label, n in labels)
     return f"{manifest.registry.n_labels:,} in {manifest.registry.labels_key}: {named}"
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayvaec.data.store.manifest import Findings, Manifest
+from rayvaec.data.store.manifest import Manifest, ScanResult
 from rayvaec.data.store.store import Store
 from rayvaec.errors import StoreError
 from rayvaec.util.atomic import write_json
@@ -38,13 +38,13 @@ class Description:
         Where it lay.
     manifest : Manifest
         What it held.
-    findings : Findings, optional
+    findings : ScanResult, optional
         Of an external store, what its survey found.
     """
 
     location: Location
     manifest: Manifest
-    findings: Findings | None = None
+    findings: ScanResult | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able dict that `read_description` reads."""
@@ -87,7 +87,9 @@ class Description:
             return store
         logger.warning(
             "%d cells were appended to %s since this work began: it goes on with the %d of then",
-            *(added, store.path, self.manifest.n_cells),
+            added,
+            store.path,
+            self.manifest.n_cells,
         )
         return Store(store.path, self.manifest)
 
@@ -138,7 +140,7 @@ def read_description(path: Path) -> Description:
         where = location(value["location"])
         findings = None
         if EXTERNAL in value:
-            findings = Findings(int(value["largest"]), str(value["digest"]))
+            findings = ScanResult(int(value["largest"]), str(value["digest"]))
         return Description(where, Manifest.from_json(value["manifest"], str(where)), findings)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(

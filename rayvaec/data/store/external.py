@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayvaec.data.arrays.sharded import Vector
-from rayvaec.data.inputs.zarr_reader import CastVector, CodedColumn, Member, open_members
-from rayvaec.data.io.object_store import open_blobs
+from rayvaec.data.arrays.sharded import Array1D
+from rayvaec.data.inputs.zarr_reader import CastArray1D, CodedColumn, Member, open_members
+from rayvaec.data.io.object_store import open_reader
 from rayvaec.data.loading.sampler import permutation
 from rayvaec.data.prepare.partitions import CountsDtypes
 from rayvaec.data.registry import Registry
-from rayvaec.data.store.manifest import Findings, Manifest, PartitionInfo, Segment
+from rayvaec.data.store.manifest import Manifest, PartitionInfo, RowRange, ScanResult
 from rayvaec.data.store.store import Partition, Store
 from rayvaec.errors import StoreError
 from rayvaec.util.location import Location
@@ -33,7 +33,7 @@ VAL_FRACTION = 0.1
 MOST_RUN_ROWS = 256
 
 
-class ForeignPartition(Partition):
+class ExternalPartition(Partition):
     """A member of a foreign store, in the types and codes that a store's partitions have.
 
     Parameters
@@ -55,28 +55,28 @@ class ForeignPartition(Partition):
         self._member, self._dtypes = member, dtypes
 
     @cached_property
-    def indptr(self) -> Vector:
+    def indptr(self) -> Array1D:
         """CSR row offsets, [n_cells + 1]."""
         return _cast(self._member.matrix_part("indptr"), np.int64)
 
     @cached_property
-    def indices(self) -> Vector:
+    def indices(self) -> Array1D:
         """Gene positions, [nnz]."""
         return _cast(self._member.matrix_part("indices"), self._dtypes.indices)
 
     @cached_property
-    def counts(self) -> Vector:
+    def counts(self) -> Array1D:
         """Counts, [nnz]."""
         return _cast(self._member.matrix_part("data"), self._dtypes.counts)
 
     @cached_property
-    def labels(self) -> Vector:
+    def labels(self) -> Array1D:
         """Label codes, [n_cells]."""
         column = self._member.coded_column(self._registry.labels_key)
         return recoded(column, self._registry.labels)
 
     @cached_property
-    def batches(self) -> Vector | None:
+    def batches(self) -> Array1D | None:
         """Batch codes, [n_cells]; None where the store has no batches."""
         if self._registry.batch_key is None:
             return None
@@ -87,11 +87,11 @@ class ForeignPartition(Partition):
         return self._member.names(start, stop)
 
 
-def _cast(vector: Vector, dtype: Any) -> Vector:
-    return vector if vector.dtype == dtype else CastVector(vector, dtype)
+def _cast(vector: Array1D, dtype: Any) -> Array1D:
+    return vector if vector.dtype == dtype else CastArray1D(vector, dtype)
 
 
-def recoded(column: CodedColumn, names: Sequence[str]) -> Vector:
+def recoded(column: CodedColumn, names: Sequence[str]) -> Array1D:
     """Return a column's codes as positions in `names`, -1 where that has no such name.
 
     Parameters
@@ -103,16 +103,16 @@ def recoded(column: CodedColumn, names: Sequence[str]) -> Vector:
 
     Returns
     -------
-    Vector
+    Array1D
         Of int32.
     """
     position = {name: code for code, name in enumerate(names)}
     # The code of a missing value, -1, stands for the last entry.
     table = [position.get(category, -1) for category in column.categories] + [-1]
-    return CastVector(column.codes, np.int32, np.array(table))
+    return CastArray1D(column.codes, np.int32, np.array(table))
 
 
-class ForeignStore(Store):
+class ExternalStore(Store):
     """A surveyed store that rayvaec did not write.
 
     Parameters
@@ -121,7 +121,7 @@ class ForeignStore(Store):
         Where it lies.
     manifest : Manifest
         What the survey found; its partitions have no files.
-    findings : Findings
+    findings : ScanResult
         What else it found.
     members : sequence of Member, optional
         The opened store, where it is open already.
@@ -139,15 +139,15 @@ class ForeignStore(Store):
         self,
         path: Location,
         manifest: Manifest,
-        findings: Findings,
+        findings: ScanResult,
         members: Sequence[Member] | None = None,
         *,
         validation_last: bool = True,
     ) -> None:
-        self.findings: Findings = findings
+        self.findings: ScanResult = findings
         self._validation_last = validation_last
         if members is None:
-            members = open_members(path, open_blobs(path), manifest.sources[0].get("layer"))
+            members = open_members(path, open_reader(path), manifest.sources[0].get("layer"))
         self._members = members
         if store_digest(members, manifest.registry) != findings.digest:
             raise StoreError(
@@ -157,23 +157,23 @@ class ForeignStore(Store):
         super().__init__(path, manifest, members[0].blobs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        store = ForeignStore if self._validation_last else _open_as_stored
+        store = ExternalStore if self._validation_last else _open_as_stored
         return store, (self.path, self.manifest, self.findings)
 
     def _open_partitions(self) -> list[Partition]:
         registry = self.manifest.registry
         dtypes = CountsDtypes.smallest(self.findings.largest, registry.n_genes)
         return [
-            ForeignPartition(member, info, registry, dtypes)
+            ExternalPartition(member, info, registry, dtypes)
             for member, info in zip(self._members, self.manifest.partitions, strict=True)
         ]
 
-    def _order(self) -> tuple[Segment, ...]:
+    def _order(self) -> tuple[RowRange, ...]:
         cells = [info.n_cells for info in self.manifest.partitions]
         if self._validation_last:
             train, validation = split(cells)
             return train + validation
-        return tuple(Segment(number, 0, n) for number, n in enumerate(cells))
+        return tuple(RowRange(number, 0, n) for number, n in enumerate(cells))
 
     @property
     def has_unique_names(self) -> bool:
@@ -187,7 +187,7 @@ class ForeignStore(Store):
 
     def as_stored(self) -> Store:
         """Return the store with its rows in the order in which they lie."""
-        return ForeignStore(
+        return ExternalStore(
             self.path, self.manifest, self.findings, self._members, validation_last=False
         )
 
@@ -213,8 +213,8 @@ class ForeignStore(Store):
         )
 
 
-def _open_as_stored(path: Location, manifest: Manifest, findings: Findings) -> ForeignStore:
-    return ForeignStore(path, manifest, findings, validation_last=False)
+def _open_as_stored(path: Location, manifest: Manifest, findings: ScanResult) -> ExternalStore:
+    return ExternalStore(path, manifest, findings, validation_last=False)
 
 
 def store_digest(members: Sequence[Member], registry: Registry) -> str:
@@ -223,7 +223,7 @@ def store_digest(members: Sequence[Member], registry: Registry) -> str:
     return " ".join(member.digest(keys)[:16] for member in members)
 
 
-def split(cells: Sequence[int]) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
+def split(cells: Sequence[int]) -> tuple[tuple[RowRange, ...], tuple[RowRange, ...]]:
     """Draw the validation cells: short runs of rows from all over the store.
 
     Runs, because rows are read in runs: single ones would leave none whole. They are as short as
@@ -236,19 +236,19 @@ def split(cells: Sequence[int]) -> tuple[tuple[Segment, ...], tuple[Segment, ...
 
     Returns
     -------
-    tuple of two tuples of Segment
+    tuple of two tuples of RowRange
         The training rows and the validation rows, each in the order in which they lie.
     """
     n_cells = sum(cells)
     rows = int(np.clip(n_cells * VAL_FRACTION // 200, 1, MOST_RUN_ROWS))
     runs = [
-        Segment(number, start, min(start + rows, n))
+        RowRange(number, start, min(start + rows, n))
         for number, n in enumerate(cells)
         for start in range(0, n, rows)
     ]
     wanted = round(len(runs) * VAL_FRACTION) or int(len(runs) > 1)
     drawn = set(permutation(len(runs), SPLIT_SEED)[:wanted].tolist())
-    parts: tuple[list[Segment], list[Segment]] = ([], [])
+    parts: tuple[list[RowRange], list[RowRange]] = ([], [])
     for number, run in enumerate(runs):
         part = parts[number in drawn]
         if part and (part[-1].partition, part[-1].stop) == run[:2]:

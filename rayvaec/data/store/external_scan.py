@@ -16,10 +16,10 @@ from rayvaec import __version__
 from rayvaec.data.inputs.counts import as_counts
 from rayvaec.data.inputs.obs import ObsKeys, read_codes, refuse_nothing
 from rayvaec.data.inputs.zarr_reader import Member, open_members
-from rayvaec.data.io.object_store import open_blobs
+from rayvaec.data.io.object_store import open_reader
 from rayvaec.data.registry import Registry
-from rayvaec.data.store.external import SPLIT_SEED, ForeignStore, split, store_digest
-from rayvaec.data.store.manifest import Findings, Manifest, PartitionInfo
+from rayvaec.data.store.external import SPLIT_SEED, ExternalStore, split, store_digest
+from rayvaec.data.store.manifest import Manifest, PartitionInfo, ScanResult
 from rayvaec.errors import CountsError
 from rayvaec.util.location import Location
 from rayvaec.util.messages import refuse_duplicates
@@ -33,7 +33,7 @@ LOADER_BLOCK, LOADER_BLOCKS, MINIBATCH = 256, 64, 1024
 """How the loader mixes by default: a minibatch comes from as many blocks of as many rows."""
 
 
-def survey_foreign(where: Location, keys: ObsKeys) -> ForeignStore:
+def scan_external_store(where: Location, keys: ObsKeys) -> ExternalStore:
     """Check every value, label and name of a store that rayvaec did not write.
 
     Parameters
@@ -45,7 +45,7 @@ def survey_foreign(where: Location, keys: ObsKeys) -> ForeignStore:
 
     Returns
     -------
-    ForeignStore
+    ExternalStore
 
     Raises
     ------
@@ -54,7 +54,7 @@ def survey_foreign(where: Location, keys: ObsKeys) -> ForeignStore:
     CountsError
         For whatever cannot be trained on; the message names value and place.
     """
-    members = open_members(where, open_blobs(where), keys.layer)
+    members = open_members(where, open_reader(where), keys.layer)
     for member in members:
         refuse_nothing(member)
     refuse_duplicates(members[0].genes, "gene", members[0].place)
@@ -88,8 +88,8 @@ def survey_foreign(where: Location, keys: ObsKeys) -> ForeignStore:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         rayvaec_version=__version__,
     )
-    store = ForeignStore(
-        where, manifest, Findings(largest, store_digest(members, registry)), members
+    store = ExternalStore(
+        where, manifest, ScanResult(largest, store_digest(members, registry)), members
     )
     _say_how_it_mixes(store, label_codes)
     return store
@@ -213,12 +213,12 @@ def _source(member: Member) -> dict[str, Any]:
     }
 
 
-def _say_how_it_mixes(store: ForeignStore, labels: NDArray[np.int64]) -> None:
+def _say_how_it_mixes(store: ExternalStore, labels: NDArray[np.int64]) -> None:
     """Say what reading a store as it lies costs: minibatches that are mixed less, decoding twice.
 
     Parameters
     ----------
-    store : ForeignStore
+    store : ExternalStore
         Surveyed.
     labels : array[n_cells] of int64
         Label codes in the order in which the cells lie.
@@ -227,7 +227,10 @@ def _say_how_it_mixes(store: ForeignStore, labels: NDArray[np.int64]) -> None:
     logger.info(
         "%s is read as it lies, in runs of %d cells: labels of a minibatch differ from the whole's "
         "by %.3f (total variation), %.3f where cells are perfectly shuffled",
-        *(store.path, LOADER_BLOCK, found, ideal),
+        store.path,
+        LOADER_BLOCK,
+        found,
+        ideal,
     )
     if found > 1.5 * ideal:
         logger.warning(

@@ -8,19 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
-from rayvaec.data.io.byte_reader import Blobs
+from rayvaec.data.io.byte_reader import ByteReader
 from rayvaec.data.registry import Registry
 from rayvaec.errors import CountsError, StoreError
 
 COLLECTION = "annbatch-preshuffled"
 
 
-def group_attributes(blobs: Blobs, prefix: str = "") -> dict[str, Any] | None:
+def group_attributes(blobs: ByteReader, prefix: str = "") -> dict[str, Any] | None:
     """Read the attributes of a group.
 
     Parameters
     ----------
-    blobs : Blobs
+    blobs : ByteReader
         Where it lies.
     prefix : str
         Its path with a slash at the end; empty for the root.
@@ -116,7 +116,7 @@ class Portion(NamedTuple):
     n_train: int
 
 
-class Segment(NamedTuple):
+class RowRange(NamedTuple):
     """Rows of one partition that follow one another in the store.
 
     Parameters
@@ -133,7 +133,7 @@ class Segment(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Findings:
+class ScanResult:
     """What a survey of an external store found, beyond the manifest.
 
     Parameters
@@ -205,20 +205,20 @@ class Manifest:
     options: Mapping[str, Any] = field(default_factory=dict)
     gene_choice: Mapping[str, Any] = field(default_factory=dict)
 
-    def segments(self) -> tuple[Segment, ...]:
+    def segments(self) -> tuple[RowRange, ...]:
         """Return the store's rows in order: every portion's training cells, then what is left.
 
         A store that nothing was appended to has its partitions' rows in the order they lie in.
         """
-        train: list[Segment] = []
-        validation: list[Segment] = []
+        train: list[RowRange] = []
+        validation: list[RowRange] = []
         number = 0
         for portion in self.portions or (Portion(len(self.partitions), self.n_train),):
             left = portion.n_train
             for partition in self.partitions[number : number + portion.n_partitions]:
                 cut = min(left, partition.n_cells)
-                train.append(Segment(number, 0, cut))
-                validation.append(Segment(number, cut, partition.n_cells))
+                train.append(RowRange(number, 0, cut))
+                validation.append(RowRange(number, cut, partition.n_cells))
                 number, left = number + 1, left - cut
         return tuple(segment for segment in train + validation if segment.start < segment.stop)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rayvaec.data.inputs.obs import ObsKeys
-from rayvaec.data.io.object_store import open_blobs
+from rayvaec.data.io.object_store import open_reader
 from rayvaec.data.store.description import DESCRIPTION, Description, read_description, share
 from rayvaec.data.store.manifest import COLLECTION, Manifest, group_attributes
 from rayvaec.data.store.store import SPLITS, Partition, Rows, Store
@@ -19,7 +19,7 @@ __all__ = [
     "Partition",
     "Rows",
     "Store",
-    "is_foreign",
+    "is_external",
     "open_again",
     "open_store",
     "share",
@@ -59,7 +59,7 @@ def open_store(path: Path | str | Url, keys: ObsKeys | None = None) -> Store:
         if where.suffix == ".json" and where.is_file():
             return _open_described(read_description(where))
         _check_folder(where)
-    blobs = open_blobs(where)
+    blobs = open_reader(where)
     attributes = group_attributes(blobs)
     if attributes is None and isinstance(where, Url):
         raise StoreError(f"there is no store at {where}: it has no zarr.json", "correct the URL")
@@ -78,9 +78,9 @@ def open_store(path: Path | str | Url, keys: ObsKeys | None = None) -> Store:
                 "name its obs column of cell types with --labels-key to train on it as it is, or "
                 f"make a store of it with `{_PREPARE} STORE --labels-key KEY`",
             )
-        from rayvaec.data.store.external_scan import survey_foreign  # brings scipy as well
+        from rayvaec.data.store.external_scan import scan_external_store  # brings scipy as well
 
-        return survey_foreign(where, keys)
+        return scan_external_store(where, keys)
     if any(where.glob("dataset_*") if isinstance(where, Path) else ()):
         raise StoreError(
             f"the store {where} is unfinished: it has no manifest",
@@ -147,12 +147,12 @@ def open_again(described: Path, where: Location, keys: ObsKeys | None = None) ->
 def _open_described(description: Description) -> Store:
     if description.findings is None:
         return description.cells_of(open_store(description.location))
-    from rayvaec.data.store.external import ForeignStore  # brings anndata and pandas
+    from rayvaec.data.store.external import ExternalStore  # brings anndata and pandas
 
-    return ForeignStore(description.location, description.manifest, description.findings)
+    return ExternalStore(description.location, description.manifest, description.findings)
 
 
-def is_foreign(where: Location) -> bool:
+def is_external(where: Location) -> bool:
     """Return whether there is an AnnData Zarr or a collection that rayvaec did not write.
 
     Parameters
@@ -169,7 +169,7 @@ def is_foreign(where: Location) -> bool:
     StoreError, ConfigError
         As `open_store`, where it cannot be reached.
     """
-    attributes = group_attributes(open_blobs(where)) or {}
+    attributes = group_attributes(open_reader(where)) or {}
     return "rayvaec" not in attributes and attributes.get("encoding-type") in FOREIGN
 
 

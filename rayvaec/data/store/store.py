@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayvaec.data.arrays.sharded import Vector, ZarrVector, open_vector
-from rayvaec.data.io.byte_reader import Blobs
-from rayvaec.data.io.object_store import open_blobs
+from rayvaec.data.arrays.sharded import Array1D, ZarrArray1D, open_array_1d
+from rayvaec.data.io.byte_reader import ByteReader
+from rayvaec.data.io.object_store import open_reader
 from rayvaec.data.registry import Registry
-from rayvaec.data.store.manifest import Findings, Manifest, PartitionInfo, Segment
+from rayvaec.data.store.manifest import Manifest, PartitionInfo, RowRange, ScanResult
 from rayvaec.data.store.verify import check_text, verify_partitions
 from rayvaec.errors import StoreError
 from rayvaec.util.location import Location
 
 SPLITS = ("train", "validation", "all")
 
-Span = tuple[Vector, int, int]
+Span = tuple[Array1D, int, int]
 """An array, and a range of its elements."""
 
 
@@ -56,7 +56,7 @@ class Partition:
 
     Parameters
     ----------
-    blobs : Blobs
+    blobs : ByteReader
         The store's files.
     info : PartitionInfo
         What the manifest says about it.
@@ -64,33 +64,33 @@ class Partition:
         The store's genes, labels and batches.
     """
 
-    def __init__(self, blobs: Blobs, info: PartitionInfo, registry: Registry) -> None:
+    def __init__(self, blobs: ByteReader, info: PartitionInfo, registry: Registry) -> None:
         self._blobs, self._registry = blobs, registry
         self.info = info
         self._checksums = {f"{info.name}/{path}": found for path, found in info.files.items()}
 
     @cached_property
-    def indptr(self) -> Vector:
+    def indptr(self) -> Array1D:
         """CSR row offsets, [n_cells + 1]."""
         return self._vector("X/indptr", self.info.n_cells + 1)
 
     @cached_property
-    def indices(self) -> Vector:
+    def indices(self) -> Array1D:
         """Gene positions, [nnz]."""
         return self._vector("X/indices", self.info.nnz)
 
     @cached_property
-    def counts(self) -> Vector:
+    def counts(self) -> Array1D:
         """Counts, [nnz]."""
         return self._vector("X/data", self.info.nnz)
 
     @cached_property
-    def labels(self) -> Vector:
+    def labels(self) -> Array1D:
         """Label codes, [n_cells]."""
         return self._vector(f"obs/{self._registry.labels_key}/codes", self.info.n_cells)
 
     @cached_property
-    def batches(self) -> Vector | None:
+    def batches(self) -> Array1D | None:
         """Batch codes, [n_cells]; None where the store has no batches."""
         if self._registry.batch_key is None:
             return None
@@ -112,12 +112,12 @@ class Partition:
         path = f"{self.info.name}/obs/_index"
         key = f"{path}/zarr.json"
         check_text(self._blobs, key, self._blobs.text(key) or "", self._checksums)
-        vector = ZarrVector(self._blobs, path)
+        vector = ZarrArray1D(self._blobs, path)
         return [str(name) for name in vector.read(start, stop)]
 
-    def _vector(self, path: str, n: int) -> Vector:
+    def _vector(self, path: str, n: int) -> Array1D:
         path = f"{self.info.name}/{path}"
-        vector = open_vector(self._blobs, path, self._checksums)
+        vector = open_array_1d(self._blobs, path, self._checksums)
         if len(vector) != n:
             raise StoreError(
                 f"the array {self._blobs.locate(path)} has {len(vector)} elements and the "
@@ -136,17 +136,17 @@ class Store:
         Where it lies.
     manifest : Manifest
         What it holds.
-    blobs : Blobs, optional
+    blobs : ByteReader, optional
         Its files, where they are open already.
     """
 
-    findings: Findings | None = None
+    findings: ScanResult | None = None
     """Of an external store, what its survey found."""
 
-    def __init__(self, path: Location, manifest: Manifest, blobs: Blobs | None = None) -> None:
+    def __init__(self, path: Location, manifest: Manifest, blobs: ByteReader | None = None) -> None:
         self.path = path
         self.manifest = manifest
-        self._blobs = blobs or open_blobs(path)
+        self._blobs = blobs or open_reader(path)
         self.partitions = self._open_partitions()
         self._segments = self._order()
         cells = [segment.stop - segment.start for segment in self._segments]
@@ -160,7 +160,7 @@ class Store:
         registry = self.manifest.registry
         return [Partition(self._blobs, info, registry) for info in self.manifest.partitions]
 
-    def _order(self) -> tuple[Segment, ...]:
+    def _order(self) -> tuple[RowRange, ...]:
         """Return what the rows are, in order."""
         return self.manifest.segments()
 
@@ -313,7 +313,7 @@ class Store:
 
         Parameters
         ----------
-        spans : iterable of (Vector, int, int)
+        spans : iterable of (Array1D, int, int)
             Arrays of this store's partitions, each with a range; not looked at where reading is
             fast anyway.
 

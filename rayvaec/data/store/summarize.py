@@ -12,7 +12,7 @@ from rayvaec.model.training_summary import COUNT_EDGES, MOST_CELLS, N_QUANTILES,
 BLOCK_ROWS = 1024
 
 
-def summarise(store: Store, max_cells: int = MOST_CELLS) -> TrainingSummary:
+def summarize(store: Store, max_cells: int = MOST_CELLS) -> TrainingSummary:
     """Summarise training cells: per label library sizes, per label and gene counts.
 
     Which of them, `sample_rows` says; they are read in blocks.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 
-from rayvaec.data.io.byte_reader import Blobs
+from rayvaec.data.io.byte_reader import ByteReader
 from rayvaec.data.store.manifest import PartitionInfo
 from rayvaec.errors import StoreError
 from rayvaec.util.progress import Progress
 
 
-def check_text(blobs: Blobs, key: str, text: str, checksums: Mapping[str, str]) -> None:
+def check_text(blobs: ByteReader, key: str, text: str, checksums: Mapping[str, str]) -> None:
     """Compare a small file with its checksum before anything is made of what it says.
 
     Chunks have checksums of their own, and the metadata that says how to read them has none: a
@@ -19,7 +19,7 @@ def check_text(blobs: Blobs, key: str, text: str, checksums: Mapping[str, str]) 
 
     Parameters
     ----------
-    blobs : Blobs
+    blobs : ByteReader
         Where the file is.
     key, text : str
         Its path in `blobs`, and its text.
@@ -36,14 +36,14 @@ def check_text(blobs: Blobs, key: str, text: str, checksums: Mapping[str, str]) 
         raise _changed(blobs, key)
 
 
-def verify_partitions(blobs: Blobs, partitions: Iterable[PartitionInfo]) -> None:
+def verify_partitions(blobs: ByteReader, partitions: Iterable[PartitionInfo]) -> None:
     """Compare every file of every partition with its checksum.
 
     All files are looked for before the first is read: an interrupted copy is found at once.
 
     Parameters
     ----------
-    blobs : Blobs
+    blobs : ByteReader
         The store's files.
     partitions : iterable of PartitionInfo
         What to verify.
@@ -69,14 +69,14 @@ def verify_partitions(blobs: Blobs, partitions: Iterable[PartitionInfo]) -> None
             progress.advance(size)
 
 
-def _missing(blobs: Blobs, keys: list[str]) -> StoreError:
+def _missing(blobs: ByteReader, keys: list[str]) -> StoreError:
     others = f", and {len(keys) - 1} more" if len(keys) > 1 else ""
     return StoreError(
         f"the file {blobs.locate(keys[0])} is missing{others}", "copy the store again"
     )
 
 
-def _changed(blobs: Blobs, key: str) -> StoreError:
+def _changed(blobs: ByteReader, key: str) -> StoreError:
     return StoreError(
         f"the file {blobs.locate(key)} does not match its checksum: it was changed, damaged or "
         "cut short",

@@ -27,7 +27,7 @@ from rayvaec.inference.cells import Cells
 from rayvaec.inference.named_model import NamedModel, chosen_names
 from rayvaec.inference.posterior import blocks, check_draws
 from rayvaec.kernels import transfer
-from rayvaec.util.messages import Names, as_names, choices
+from rayvaec.util.messages import Names, as_names, suggest
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -282,6 +282,6 @@ class CellAnalyses(NamedModel):
         column = {gene: number for number, gene in enumerate(self.registry.genes)}
         for gene in genes:
             if gene not in column:
-                near = choices(gene, self.registry.genes, 5)
+                near = suggest(gene, self.registry.genes, 5)
                 raise ConfigError(f"the model has no gene {gene!r}", f"it has {near}")
         return np.array([column[gene] for gene in genes], np.int64)

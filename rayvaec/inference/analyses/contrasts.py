@@ -13,7 +13,7 @@ from rayvaec.errors import ConfigError, CountsError
 from rayvaec.inference.analyses.differential import REST, Comparison, compare, to_frame
 from rayvaec.inference.analyses.group_stats import Populations, pooled
 from rayvaec.model.vaec import VAEC
-from rayvaec.util.messages import Names, as_names, choices, listing
+from rayvaec.util.messages import Names, as_names, join_names, suggest
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -93,7 +93,7 @@ def contrasts(
     for name in [*first, *([] if second is None else [second])]:
         if name not in names:
             raise ConfigError(
-                f"there is no group {name!r} in {key}", f"choose from {choices(name, names)}"
+                f"there is no group {name!r} in {key}", f"choose from {suggest(name, names)}"
             )
         if name == second and name in first:
             raise ConfigError(f"group {name!r} is compared with itself", "name two groups")
@@ -197,7 +197,7 @@ def large_enough(
     if not kept:
         raise too_small(*next(iter(small.items())))
     if small:
-        shown = listing(f"{name!r} ({n})" for name, n in small.items())
+        shown = join_names(f"{name!r} ({n})" for name, n in small.items())
         logger.warning(
             "groups with fewer than %d cells are not compared with the others: %s", MIN_CELLS, shown
         )

@@ -122,8 +122,14 @@ class GroupAnalyses(NamedModel):
             If there is no such column, or a group that is named has fewer than two cells.
         """
         how = Comparison(
-            *(mode, delta, fdr_target, n_samples_overall, pseudocounts),
-            *(batch_correction, all_stats, seed),
+            mode=mode,
+            delta=delta,
+            fdr=fdr_target,
+            n_samples=n_samples_overall,
+            pseudocounts=pseudocounts,
+            batch_correction=batch_correction,
+            all_stats=all_stats,
+            seed=seed,
         )
         if idx1 is not None:
             return self._compare_chosen(self.cells(adata, **alignment), idx1, idx2, how)
@@ -134,7 +140,7 @@ class GroupAnalyses(NamedModel):
         wanted = contrasts(groups.key, groups.names, group1, group2)
         cells = self.cells(adata, **alignment)
         populations = summarise(
-            *(self.module, cells, groups.codes, len(groups.names), how.n_samples, seed)
+            self.module, cells, groups.codes, len(groups.names), how.n_samples, seed
         )
         genes, names = self.registry.genes, groups.names
         return compare_all(self.module, genes, populations, names, wanted, how)

@@ -34,7 +34,7 @@ Arrays = Mapping[str, NDArray[Any]]
 _CELLS_AT_ONCE = 1024
 
 
-class Reduction(Task):
+class Aggregate(Task):
     """A result whose size does not depend on the number of cells."""
 
     keyed: ClassVar[bool] = False
@@ -72,7 +72,7 @@ class Reduction(Task):
 
 
 @dataclass(frozen=True)
-class LabelMeans(Reduction):
+class LabelMeans(Aggregate):
     """Denoised expression averaged over the cells of every label, as an AnnData.
 
     Parameters
@@ -109,7 +109,7 @@ class LabelMeans(Reduction):
 
 
 @dataclass(frozen=True)
-class VampPrior(Reduction):
+class VampPrior(Aggregate):
     """The empirical prior of every label, as npz.
 
     Parameters
@@ -136,7 +136,7 @@ class VampPrior(Reduction):
 
 
 @dataclass(frozen=True)
-class DifferentialExpression(Reduction):
+class DifferentialExpression(Aggregate):
     """Comparisons of groups of cells, as a table.
 
     Parameters

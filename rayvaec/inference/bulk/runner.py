@@ -31,7 +31,7 @@ from rayvaec.inference.trained_model import load_model
 from rayvaec.util.atomic import check_free, check_suffix
 from rayvaec.util.location import location
 from rayvaec.util.lock import WriteLock
-from rayvaec.util.messages import listing
+from rayvaec.util.messages import join_names
 
 logger = logging.getLogger("rayvaec")
 
@@ -87,7 +87,7 @@ def open_inputs(
                 logger.info(
                     "%d genes of the store are not in the model and are left out: %s",
                     len(extra),
-                    listing(extra),
+                    join_names(extra),
                 )
         yield Inputs(paths, opened, cells, out, num_workers, use_gpu, overwrite)
 

@@ -10,7 +10,7 @@ from typing import Any
 from rayvaec.data.store.open import SPLITS
 from rayvaec.errors import ConfigError
 from rayvaec.inference.trained_model import check_draws
-from rayvaec.util.messages import choices
+from rayvaec.util.messages import suggest
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def parse_thresholds(words: Iterable[str], known: Iterable[str]) -> dict[str, fl
         if name not in names:
             raise ConfigError(
                 f"--fail-under {word}: there is no figure {name!r}",
-                f"choose from {choices(name, names, len(names))}",
+                f"choose from {suggest(name, names, len(names))}",
             )
         try:
             value = float(text)

@@ -101,9 +101,16 @@ def _measure_part(
         rates = _decoded(module, z[rows], library[rows], cells.part(rows.start, rows.stop))
         counts = np.stack([_dense(data, rows, rates.shape[1]) for data in (observed, replicate)])
         add_expected(
-            *(rates, transfer.to_host(module.px_r.double()), module.is_softplus),
-            *(counts, labels[rows], panel.label_column),
-            *(tally.expected, tally.residual, tally.label_expected, tally.pit),
+            rates,
+            transfer.to_host(module.px_r.double()),
+            module.is_softplus,
+            counts,
+            labels[rows],
+            panel.label_column,
+            tally.expected,
+            tally.residual,
+            tally.label_expected,
+            tally.pit,
         )
     return mean
 
@@ -118,8 +125,15 @@ def _add_rows(
     """Add rows of counts; return the library of each."""
     library = np.empty(len(labels))
     add_counts(
-        *(rows.indptr, rows.indices, rows.counts, datasets, labels, panel.label_column),
-        *(tally.genes, tally.label_genes, library),
+        rows.indptr,
+        rows.indices,
+        rows.counts,
+        datasets,
+        labels,
+        panel.label_column,
+        tally.genes,
+        tally.label_genes,
+        library,
     )
     place = datasets, labels
     at_least_one = np.maximum(library, 1)

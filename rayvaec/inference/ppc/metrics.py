@@ -265,8 +265,9 @@ FIGURES: dict[str, Figure] = {
     **{
         f"calibration_{interval * 100:g}": Figure(
             _calibration(number),
-            f"1 - |coverage of the {interval:.0%} interval - {interval:g}|",
-            *(0.02, 0.05),
+            about=f"1 - |coverage of the {interval:.0%} interval - {interval:g}|",
+            good=0.02,
+            fair=0.05,
         )
         for number, interval in enumerate(INTERVALS)
     },

@@ -14,7 +14,7 @@ from rayvaec.inference.bulk.runner import open_inputs, run
 from rayvaec.inference.ppc.accumulator import Panel, panel_of
 from rayvaec.inference.ppc.config import CheckConfig
 from rayvaec.inference.ppc.worker import PosteriorCheck
-from rayvaec.util.messages import listing
+from rayvaec.util.messages import join_names
 
 
 def check_store(
@@ -87,7 +87,7 @@ def _check_comparable(inputs: Inputs) -> None:
         differ = sorted(first ^ set(model.registry.genes))
         if differ:
             raise ModelError(
-                f"{paths[0]} and {path} differ in {len(differ)} genes: {listing(differ)}",
+                f"{paths[0]} and {path} differ in {len(differ)} genes: {join_names(differ)}",
                 "compare models of the same genes: a bound over other genes is another quantity",
             )
 

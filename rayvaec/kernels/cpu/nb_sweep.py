@@ -155,8 +155,15 @@ def _note_span(
             return False
         refill(walk.k0, walk.k1, walk.taken, walk.filled, walk.ring, n_rows)
         walk_tile(
-            *(lam, first, width, walk.ring, walk.gap, walk.taken),
-            *(walk.genes, walk.gaps, walk.noted),
+            lam,
+            first,
+            width,
+            walk.ring,
+            walk.gap,
+            walk.taken,
+            walk.genes,
+            walk.gaps,
+            walk.noted,
         )
     return True
 
@@ -204,12 +211,24 @@ def draw_genes(
             else:
                 look_up(genes, rate[span][:, lane], odds_or_size[span], size, p)
             first_counts(
-                *(gaps, size, p),
-                *(walk.rest[0][:n], walk.rest[1][:n], walk.rest[2][:n], walk.rest[5][:n]),
+                gaps,
+                size,
+                p,
+                walk.rest[0][:n],
+                walk.rest[1][:n],
+                walk.rest[2][:n],
+                walk.rest[5][:n],
             )
             walk.ends[lane] = finish(
-                *(genes, gaps, walk.rest, origin + start, walk.k0[lane], walk.k1[lane]),
-                *(walk.indices[lane], walk.counts[lane], walk.ends[lane]),
+                genes,
+                gaps,
+                walk.rest,
+                origin + start,
+                walk.k0[lane],
+                walk.k1[lane],
+                walk.indices[lane],
+                walk.counts[lane],
+                walk.ends[lane],
             )
     return True
 

@@ -18,7 +18,7 @@ from rayvaec.inference.cells import Cells
 from rayvaec.kernels.rng import cell_keys, position_keys
 from rayvaec.protocol import RawCells
 from rayvaec.serving.http.schemas import Counts
-from rayvaec.util.messages import choices, listing
+from rayvaec.util.messages import join_names, suggest
 
 RAGGED, BAD_COUNTS, UNKNOWN_GENE = "ragged_arrays", "bad_counts", "unknown_gene"
 
@@ -198,7 +198,7 @@ def batch_codes(
     if batches is None:
         raise UnprocessableError(
             "batches is missing, and the model tells experimental batches apart",
-            f"give one per cell of {listing(registry.batches)}",
+            f"give one per cell of {join_names(registry.batches)}",
             error="unknown_batch",
         )
     _check_length("batches", batches, n_cells)
@@ -271,8 +271,8 @@ def gene_columns(out_genes: Sequence[str] | None, registry: Registry) -> NDArray
     unknown = [gene for gene in out_genes if gene not in code]
     if unknown:
         raise UnprocessableError(
-            f"out_genes has {len(unknown)} genes that the model lacks: {listing(unknown)}",
-            f"its genes are {choices(unknown[0], registry.genes)}",
+            f"out_genes has {len(unknown)} genes that the model lacks: {join_names(unknown)}",
+            f"its genes are {suggest(unknown[0], registry.genes)}",
             error=UNKNOWN_GENE,
         )
     if len(set(out_genes)) != len(out_genes):

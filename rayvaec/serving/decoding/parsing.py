@@ -33,8 +33,8 @@ from rayvaec.serving.decoding.cells import (
     label_codes,
     raw_counts,
 )
-from rayvaec.serving.engine.moments import MomentsTask
-from rayvaec.serving.engine.plans import DenseTask, Drawing, DrawTask, Task
+from rayvaec.serving.engine.moments import MomentsPlan
+from rayvaec.serving.engine.plans import DensePlan, DrawPlan, ResponsePlan, SamplingSpec
 from rayvaec.serving.http.schemas import (
     CellsParameters,
     CellsRequest,
@@ -73,10 +73,10 @@ class Body:
     answer: str
 
 
-Reader = Callable[[Body, TrainedModel, Limits], Task]
+Reader = Callable[[Body, TrainedModel, Limits], ResponsePlan]
 
 
-def sample_task(body: Body, model: TrainedModel, limits: Limits) -> Task:
+def sample_task(body: Body, model: TrainedModel, limits: Limits) -> ResponsePlan:
     """Read a request to /v1/sample.
 
     Parameters
@@ -90,7 +90,7 @@ def sample_task(body: Body, model: TrainedModel, limits: Limits) -> Task:
 
     Returns
     -------
-    Task
+    ResponsePlan
 
     Raises
     ------
@@ -109,7 +109,7 @@ def sample_task(body: Body, model: TrainedModel, limits: Limits) -> Task:
     return _drawing(body, model, limits, asked, aligned, raw.cell_ids)
 
 
-def generate_task(body: Body, model: TrainedModel, limits: Limits) -> Task:
+def generate_task(body: Body, model: TrainedModel, limits: Limits) -> ResponsePlan:
     """Read a request to /v1/generate; parameters, result and errors as in `sample_task`."""
     new = (_new_cells_arrow if body.kind == ARROW else _new_cells_json)(body, limits)
     check_cost(
@@ -170,7 +170,7 @@ def _new_cells_arrow(body: Body, limits: Limits) -> _NewCells:
     )
 
 
-def latent_task(body: Body, model: TrainedModel, limits: Limits) -> Task:
+def latent_task(body: Body, model: TrainedModel, limits: Limits) -> ResponsePlan:
     """Read a request to /v1/latent; parameters, result and errors as in `sample_task`."""
     raw, asked = _given_cells(body, LatentRequest, CellsParameters, model, limits)
     check_cost(len(raw.indptr) - 1, model.registry.n_genes, 1, limits)
@@ -178,7 +178,7 @@ def latent_task(body: Body, model: TrainedModel, limits: Limits) -> Task:
     n_latent = model.module.config.n_latent
     widths = {"mean": n_latent, "variance": n_latent}
     facts = _facts(model, aligned)
-    task = DenseTask(
+    task = DensePlan(
         kind="latent",
         cells=aligned.cells,
         n_genes=model.registry.n_genes,
@@ -190,7 +190,7 @@ def latent_task(body: Body, model: TrainedModel, limits: Limits) -> Task:
     return _checked(task, body, limits)
 
 
-def expression_task(body: Body, model: TrainedModel, limits: Limits) -> Task:
+def expression_task(body: Body, model: TrainedModel, limits: Limits) -> ResponsePlan:
     """Read a request to /v1/expression; parameters, result and errors as in `sample_task`."""
     raw, asked = _given_cells(body, ExpressionRequest, ExpressionParameters, model, limits)
     check_cost(len(raw.indptr) - 1, model.registry.n_genes, 1, limits)
@@ -199,7 +199,7 @@ def expression_task(body: Body, model: TrainedModel, limits: Limits) -> Task:
     n_genes = model.registry.n_genes
     widths = {"expression": n_genes if columns is None else len(columns)}
     facts = _facts(model, aligned)
-    task = DenseTask(
+    task = DensePlan(
         kind="expression",
         cells=aligned.cells,
         n_genes=n_genes,
@@ -236,9 +236,9 @@ def _drawing(
     aligned: Aligned,
     names: Sequence[str | None] | None,
     library: NDArray[np.float32] | None = None,
-) -> Task:
+) -> ResponsePlan:
     seed = secrets.randbelow(_JSON_SAFE_SEED) if asked.seed is None else asked.seed
-    drawing = Drawing(
+    drawing = SamplingSpec(
         kind="draw" if library is None else "generate",
         cells=aligned.cells,
         library=library,
@@ -250,12 +250,12 @@ def _drawing(
     )
     facts = {**_facts(model, aligned), "seed": seed, "n_samples": asked.n_samples}
     if not asked.reduce:
-        return _checked(DrawTask(drawing, facts), body, limits)
+        return _checked(DrawPlan(drawing, facts), body, limits)
     quantiles = tuple(dict.fromkeys(asked.quantiles or ()))
     if quantiles:
         check_quantiles(drawing.n_out, asked.n_samples, limits)
     moments = tuple(name for name in dict.fromkeys(asked.reduce) if name != "quantiles")
-    return _checked(MomentsTask(drawing, moments, quantiles, facts), body, limits)
+    return _checked(MomentsPlan(drawing, moments, quantiles, facts), body, limits)
 
 
 def _facts(model: TrainedModel, aligned: Aligned) -> dict[str, Any]:
@@ -267,7 +267,7 @@ def _facts(model: TrainedModel, aligned: Aligned) -> dict[str, Any]:
     }
 
 
-def _checked(task: Task, body: Body, limits: Limits) -> Task:
+def _checked(task: ResponsePlan, body: Body, limits: Limits) -> ResponsePlan:
     check_dense(task.n_values, limits, body.answer)
     return task
 

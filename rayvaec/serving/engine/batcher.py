@@ -36,7 +36,7 @@ def stopping() -> RequestError:
     return UnavailableError("the server is stopping", "ask again")
 
 
-class Merger:
+class DynamicBatcher:
     """Runs work in a thread, off the event loop, as much at a time as waits and fits.
 
     Parameters

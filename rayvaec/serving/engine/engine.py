@@ -23,9 +23,9 @@ from rayvaec.serving.decoding.bodies import Sent, unpack
 from rayvaec.serving.decoding.h5ad.sandbox import Sandbox
 from rayvaec.serving.decoding.parsing import Reader
 from rayvaec.serving.encoding.h5ad import Annotation, check_writable, write_h5ad
-from rayvaec.serving.engine.batcher import Merger, stopping
+from rayvaec.serving.engine.batcher import DynamicBatcher, stopping
 from rayvaec.serving.engine.jobs import JOB_VALUES, Job, run_jobs
-from rayvaec.serving.engine.plans import Block, Task
+from rayvaec.serving.engine.plans import Block, ResponsePlan
 from rayvaec.serving.middleware.concurrency import Slot
 from rayvaec.serving.middleware.limits import Limits
 
@@ -108,7 +108,7 @@ class Threads:
         self.sandbox.close()
 
 
-class Service:
+class Engine:
     """One model at work.
 
     Parameters
@@ -135,14 +135,14 @@ class Service:
         self._threads = threads or Threads(limits)
         work = partial(run_jobs, model.module)
         most = min(MERGED_ROWS, max(MERGED_VALUES // model.registry.n_genes, 1))
-        self._merger = Merger(work, most, self._threads.sampler)
+        self._merger = DynamicBatcher(work, most, self._threads.sampler)
 
     @property
     def jobs_waiting(self) -> int:
         """Parts of requests that wait for the sampler."""
         return self._merger.waiting
 
-    async def read(self, reader: Reader, sent: Sent, slot: Slot) -> Task:
+    async def read(self, reader: Reader, sent: Sent, slot: Slot) -> ResponsePlan:
         """Decode and check a request, off the event loop.
 
         Parameters
@@ -156,7 +156,7 @@ class Service:
 
         Returns
         -------
-        Task
+        ResponsePlan
 
         Raises
         ------
@@ -164,7 +164,7 @@ class Service:
             If the request is refused.
         """
 
-        def read() -> Task:
+        def read() -> ResponsePlan:
             body = unpack(sent, self.model.registry, self.limits, self._threads.sandbox)
             if body.data is not sent.data:
                 slot.resize(len(sent.data) + len(body.data))
@@ -178,12 +178,12 @@ class Service:
 
         return await self._threads.aside(read)
 
-    async def arrow(self, task: Task, slot: Slot) -> AsyncIterator[bytes]:
+    async def arrow(self, task: ResponsePlan, slot: Slot) -> AsyncIterator[bytes]:
         """Yield an Arrow answer in pieces, as its jobs are done.
 
         Parameters
         ----------
-        task : Task
+        task : ResponsePlan
             The request's work.
         slot : Slot
             Where results are counted until they are taken.
@@ -201,12 +201,12 @@ class Service:
                 slot.release(_size_of(pieces))
         yield END_OF_STREAM
 
-    async def json(self, task: Task, slot: Slot) -> bytes:
+    async def json(self, task: ResponsePlan, slot: Slot) -> bytes:
         """Return a JSON answer.
 
         Parameters
         ----------
-        task : Task
+        task : ResponsePlan
             The request's work.
         slot : Slot
             Where results, and then the answer, are counted.
@@ -227,12 +227,12 @@ class Service:
 
         return await self._whole(task, encode, slot)
 
-    async def h5ad(self, task: Task, slot: Slot) -> bytes:
+    async def h5ad(self, task: ResponsePlan, slot: Slot) -> bytes:
         """Return an answer as an h5ad file.
 
         Parameters
         ----------
-        task : Task
+        task : ResponsePlan
             The request's work.
         slot : Slot
             Where results, and then the answer, are counted.
@@ -253,7 +253,9 @@ class Service:
 
         return await self._whole(task, encode, slot)
 
-    async def _whole(self, task: Task, encode: Callable[[list[Any]], bytes], slot: Slot) -> bytes:
+    async def _whole(
+        self, task: ResponsePlan, encode: Callable[[list[Any]], bytes], slot: Slot
+    ) -> bytes:
         """Return an answer that is encoded when all jobs are done, off the event loop."""
         results = []
         async with aclosing(self._results(task, _same, slot)) as found:
@@ -266,7 +268,7 @@ class Service:
         return answer
 
     async def _results(
-        self, task: Task, then: Callable[[Any], Any], slot: Slot
+        self, task: ResponsePlan, then: Callable[[Any], Any], slot: Slot
     ) -> AsyncGenerator[Any, None]:
         """Yield the jobs' results in order, each held by the slot; the next jobs wait meanwhile."""
         jobs = task.jobs(then)

@@ -139,11 +139,20 @@ def _draws(module: VAEC, cells: Cells, jobs: Sequence[Job]) -> Draws:
     first = jobs[0]
     if first.kind == "draw":
         return posterior.draw(
-            *(module, cells, first.n_samples, first.seed), first_sample=first.first_sample
+            module=module,
+            cells=cells,
+            n_samples=first.n_samples,
+            seed=first.seed,
+            first_sample=first.first_sample,
         )
     library = np.concatenate([job.library for job in jobs if job.library is not None])
     return posterior.generate(
-        *(module, cells.labels, library, cells.keys, first.n_samples, first.seed),
+        module,
+        cells.labels,
+        library,
+        cells.keys,
+        first.n_samples,
+        first.seed,
         first_sample=first.first_sample,
         batches=cells.batches,
     )

@@ -15,16 +15,23 @@ from rayvaec.kernels.nb_sample import Draws
 from rayvaec.protocol import dense_schema, encode_dense
 from rayvaec.serving.encoding.h5ad import Annotation
 from rayvaec.serving.engine.jobs import Job, windows
-from rayvaec.serving.engine.plans import ArrowAnswer, Block, Drawing, Matrices, joined, select_genes
+from rayvaec.serving.engine.plans import (
+    ArrowAnswer,
+    Block,
+    Matrices,
+    SamplingSpec,
+    joined,
+    select_genes,
+)
 
 
 @dataclass(frozen=True)
-class MomentsTask(ArrowAnswer):
+class MomentsPlan(ArrowAnswer):
     """Moments and quantiles of each cell's draws, in place of the draws.
 
     Parameters
     ----------
-    drawing : Drawing
+    drawing : SamplingSpec
         Which draws.
     moments : tuple of str
         ``mean``, ``var`` (divided by n_samples, as in `numpy.var`), ``zero_fraction``.
@@ -34,7 +41,7 @@ class MomentsTask(ArrowAnswer):
         What the answer says beside its rows.
     """
 
-    drawing: Drawing
+    drawing: SamplingSpec
     moments: tuple[str, ...]
     quantiles: tuple[float, ...]
     facts: Mapping[str, Any]
@@ -102,7 +109,7 @@ class MomentsTask(ArrowAnswer):
 class _Tally:
     """What is known of the draws of some cells."""
 
-    def __init__(self, start: int, stop: int, task: MomentsTask) -> None:
+    def __init__(self, start: int, stop: int, task: MomentsPlan) -> None:
         self.start, self._drawing = start, task.drawing
         n_cells, n_out = stop - start, task.drawing.n_out
         self._found = DrawMoments(n_cells, n_out, task.moments, task.quantiles)

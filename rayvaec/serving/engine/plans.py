@@ -61,7 +61,7 @@ class Matrices:
     obsm: Mapping[str, Any]
 
 
-class Task(Protocol):
+class ResponsePlan(Protocol):
     """Checked work of one request."""
 
     @property
@@ -124,7 +124,7 @@ class ArrowAnswer:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class SamplingSpec:
     """Which draws a request asks for.
 
     Parameters
@@ -173,18 +173,18 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class DrawTask(ArrowAnswer):
+class DrawPlan(ArrowAnswer):
     """Draws, as they are.
 
     Parameters
     ----------
-    drawing : Drawing
+    drawing : SamplingSpec
         Which.
     facts : mapping
         What the answer says beside its rows.
     """
 
-    drawing: Drawing
+    drawing: SamplingSpec
     facts: Mapping[str, Any]
     n_values: int = 0
     tally_bytes: int = 0
@@ -250,7 +250,7 @@ class DrawTask(ArrowAnswer):
 
 
 @dataclass(frozen=True)
-class DenseTask(ArrowAnswer):
+class DensePlan(ArrowAnswer):
     """Latent space or denoised expression of given cells.
 
     Parameters

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rayvaec.errors import NotFoundError, UnprocessableError
 from rayvaec.inference.trained_model import TrainedModel
 from rayvaec.model.training_summary import COUNT_EDGES, TrainingSummary
-from rayvaec.util.messages import choices
+from rayvaec.util.messages import suggest
 
 MOST_GENES = 50
 _TELLING_GENES = 12
@@ -135,7 +135,7 @@ def _position(what: str, name: str, known: Sequence[str]) -> int:
     if name not in known:
         raise UnprocessableError(
             f"the model has no {what} {name[:60]!r}",
-            f"its {what}s are {choices(name[:60], known)}",
+            f"its {what}s are {suggest(name[:60], known)}",
             error=f"unknown_{what}",
         )
     return known.index(name)

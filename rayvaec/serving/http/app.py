@@ -18,8 +18,8 @@ import rayvaec
 from rayvaec.errors import MethodNotAllowedError, RequestError, UnprocessableError
 from rayvaec.protocol import ARROW, H5AD, JSON
 from rayvaec.serving.decoding.bodies import Sent
-from rayvaec.serving.engine.engine import Service
-from rayvaec.serving.engine.plans import Task
+from rayvaec.serving.engine.engine import Engine
+from rayvaec.serving.engine.plans import ResponsePlan
 from rayvaec.serving.engine.summary import SummaryAnswer, summary_answer
 from rayvaec.serving.http import openapi
 from rayvaec.serving.http.docs import add_docs
@@ -32,7 +32,7 @@ from rayvaec.serving.http.schemas import (
     StatusAnswer,
 )
 from rayvaec.serving.middleware.concurrency import ConcurrencyLimiter, Slot, read_body
-from rayvaec.serving.middleware.endpoint import Guard, problem_response
+from rayvaec.serving.middleware.endpoint import EndpointMiddleware, problem_response
 from rayvaec.serving.middleware.hosts import AllowedHosts
 from rayvaec.serving.middleware.limits import Limits
 from rayvaec.serving.observability.logs import hide_values_of_tasks
@@ -43,7 +43,7 @@ Replicas = Callable[[], Awaitable[Iterable[Sequence[Metric]]]]
 
 
 def create_app(
-    services: Mapping[str, Service],
+    services: Mapping[str, Engine],
     limits: Limits,
     token_digest: str | None = None,
     *,
@@ -56,7 +56,7 @@ def create_app(
 
     Parameters
     ----------
-    services : mapping of Service
+    services : mapping of Engine
         What answers, by the model's name; one or more.
     limits : Limits
         How many requests there may be at once, and how long an answer may take to begin.
@@ -104,7 +104,7 @@ def create_app(
         jobs_waiting=lambda: sum(service.jobs_waiting for service in services.values()),
     )
     app.add_middleware(
-        Guard,
+        EndpointMiddleware,
         limiter=limiter,
         timeout_s=limits.timeout_s,
         metrics=app.state.metrics,
@@ -155,7 +155,7 @@ def _add_metrics(app: FastAPI, own: Metrics, replicas: Replicas | None) -> None:
         return Response(page(every), media_type=TEXT)
 
 
-def _add_list(app: FastAPI, services: Mapping[str, Service]) -> None:
+def _add_list(app: FastAPI, services: Mapping[str, Engine]) -> None:
     listed = [
         ModelEntry(
             name=name,
@@ -177,7 +177,7 @@ def _add_list(app: FastAPI, services: Mapping[str, Service]) -> None:
         return ModelsAnswer(models=listed)
 
 
-def _add_all(app: FastAPI, service: Service, prefix: str, tag: str, shown: bool) -> None:
+def _add_all(app: FastAPI, service: Engine, prefix: str, tag: str, shown: bool) -> None:
     """Add the routes of one model; unless `shown`, /openapi.json does not hold them."""
     about: dict[str, Any] = {"tags": [tag], "include_in_schema": shown}
     _add_model(app, service, prefix, about)
@@ -186,7 +186,7 @@ def _add_all(app: FastAPI, service: Service, prefix: str, tag: str, shown: bool)
         _add_work(app, service, f"{prefix}/{route.name}", route, about)
 
 
-def _add_model(app: FastAPI, service: Service, prefix: str, about: dict[str, Any]) -> None:
+def _add_model(app: FastAPI, service: Engine, prefix: str, about: dict[str, Any]) -> None:
     described = JSONResponse(service.describe())
 
     @app.get(
@@ -204,7 +204,7 @@ def _add_model(app: FastAPI, service: Service, prefix: str, about: dict[str, Any
         )
 
 
-def _add_summary(app: FastAPI, service: Service, prefix: str, about: dict[str, Any]) -> None:
+def _add_summary(app: FastAPI, service: Engine, prefix: str, about: dict[str, Any]) -> None:
     refusals = openapi.problems(401, 422)
     refusals[404] = {"model": Problem, "description": "The model has no summary"}
 
@@ -228,7 +228,7 @@ def _add_summary(app: FastAPI, service: Service, prefix: str, about: dict[str, A
 
 
 def _add_work(
-    app: FastAPI, service: Service, path: str, route: openapi.Route, about: dict[str, Any]
+    app: FastAPI, service: Engine, path: str, route: openapi.Route, about: dict[str, Any]
 ) -> None:
     @app.post(
         path,
@@ -253,7 +253,9 @@ def _add_work(
         return await _answer(service, task, answer, request.scope["state"])
 
 
-async def _answer(service: Service, task: Task, kind: str, state: dict[str, Any]) -> Response:
+async def _answer(
+    service: Engine, task: ResponsePlan, kind: str, state: dict[str, Any]
+) -> Response:
     headers = {"X-Rayvaec-Model": service.model.hash}
     if "seed" in task.facts:
         headers["X-Rayvaec-Seed"] = str(task.facts["seed"])

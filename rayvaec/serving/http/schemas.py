@@ -28,7 +28,7 @@ from rayvaec.protocol.entries import (
     read_rows,
     shown,
 )
-from rayvaec.util.messages import choices
+from rayvaec.util.messages import suggest
 
 
 def _one_or_more(value: Any) -> NDArray[Any]:
@@ -321,7 +321,7 @@ def problem_of(error: ValidationError, model: type[BaseModel]) -> RequestError:
         known = [name for name in model.model_fields if len(first["loc"]) == 1] or list(
             Counts.model_fields
         )
-        detail, fix = f"unknown field {place}", f"fields are {choices(place, known)}"
+        detail, fix = f"unknown field {place}", f"fields are {suggest(place, known)}"
     elif kind == "missing":
         detail, fix = f"{place} is missing", "add it; /docs shows the whole request"
     elif kind == "value_error":

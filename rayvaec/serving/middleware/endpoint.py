@@ -82,7 +82,7 @@ def status_and_name(error: RayvaecError) -> tuple[int, str]:
     return 500, "internal"
 
 
-class Guard:
+class EndpointMiddleware:
     """ASGI middleware around the whole application.
 
     Parameters
@@ -145,8 +145,11 @@ class Guard:
         route = scope["path"] if scope["path"] in self._paths else OTHER
         state, status = scope["state"], answer.status if answer.finished else CUT_OFF
         self._metrics.count(
-            *(route, status, seconds, state.get("draws", 0) if answer.finished else 0),
-            state.get("refused", ""),
+            route=route,
+            status=status,
+            seconds=seconds,
+            draws=state.get("draws", 0) if answer.finished else 0,
+            reason=state.get("refused", ""),
         )
         level = logging.DEBUG if route in QUIET_PATHS else logging.INFO
         method = scope["method"] if scope["method"] in METHODS else OTHER

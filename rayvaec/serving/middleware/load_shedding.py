@@ -32,7 +32,7 @@ those that are sent until there are so many, 100 by default, or for a second."""
 
 
 def environment(places: int) -> dict[str, str]:
-    """Return the environment of a Ray whose proxies have a `Front` before themselves.
+    """Return the environment variables that put `LoadSheddingMiddleware` into Ray Serve's proxies.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ def middlewares() -> list[Middleware]:
     per_place = Limits().max_held_bytes // Limits().max_requests
     most = max(places * per_place, Limits().max_held_bytes)
     n_bytes = _number(_BYTES, str(most), "replicas * max_held_bytes")
-    return [Middleware(Front, places=places, max_bytes=n_bytes)]
+    return [Middleware(LoadSheddingMiddleware, places=places, max_bytes=n_bytes)]
 
 
 def _number(name: str, default: str, advice: str) -> int:
@@ -75,7 +75,7 @@ def _number(name: str, default: str, advice: str) -> int:
     return int(text)
 
 
-class Front:
+class LoadSheddingMiddleware:
     """ASGI middleware around a proxy.
 
     Parameters

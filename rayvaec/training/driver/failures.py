@@ -23,12 +23,12 @@ from rayvaec.training.driver.storage_retry import (
     error_number,
     lasting_failure,
 )
-from rayvaec.training.records import append_loss
+from rayvaec.training.records import record_worker_failure
 
 POLL_SECONDS = 0.5
 
 
-class FailureLimit(UserCallback):
+class MaxFailuresCallback(UserCallback):
     """Decide, in Ray's controller, which failures a run survives.
 
     An error of ours ends it at once: a damaged store or a loss that is not finite will be the same
@@ -63,10 +63,10 @@ class FailureLimit(UserCallback):
             self._failures += 1
             if 0 <= self._max_failures < self._failures:
                 raise _failed(worker_exceptions, self._failures)
-        append_loss(self._run, loss_text(worker_exceptions))
+        record_worker_failure(self._run, loss_text(worker_exceptions))
 
 
-class WaitLimit(ControllerCallback):
+class PlacementTimeoutCallback(ControllerCallback):
     """End a run that has waited too long for room for its workers.
 
     Parameters

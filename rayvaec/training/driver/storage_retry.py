@@ -38,7 +38,7 @@ class StorageLostError(RayvaecError):
     """Storage could not be reached; what was on it is still good."""
 
 
-def patiently(what: str, action: Callable[[], T], folder: Path | None = None) -> T:
+def retry_io(what: str, action: Callable[[], T], folder: Path | None = None) -> T:
     """Do something on storage, and again while the storage cannot be reached.
 
     Parameters

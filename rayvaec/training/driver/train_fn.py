@@ -19,7 +19,7 @@ from rayvaec.errors import RayvaecError
 from rayvaec.training.checkpoint import newest_checkpoint, store_checkpoint
 from rayvaec.training.config import TrainConfig
 from rayvaec.training.distributed.process_group import Ranks
-from rayvaec.training.driver.storage_retry import is_outage, patiently
+from rayvaec.training.driver.storage_retry import is_outage, retry_io
 from rayvaec.training.loop import Task, TrainLoop
 from rayvaec.training.records import append_attempt
 from rayvaec.training.run_dir import CHECKPOINTS, sweep
@@ -52,9 +52,7 @@ class RaySink:
         newest = None
         if self._ranks.is_first:
             what = f"the checkpoints {self._checkpoints}"
-            newest = patiently(
-                what, lambda: newest_checkpoint(self._checkpoints), self._checkpoints
-            )
+            newest = retry_io(what, lambda: newest_checkpoint(self._checkpoints), self._checkpoints)
         yield self._ranks.gather(newest)[0]
 
     def busy(self) -> bool:
@@ -122,7 +120,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     sink = RaySink(task.run / CHECKPOINTS, ranks)
     _wait_for_store(task.store, lies)
     if ranks.is_first:
-        patiently(f"{task.run}", lambda: sweep(task.run), task.run)
+        retry_io(f"{task.run}", lambda: sweep(task.run), task.run)
     try:
         loop = TrainLoop(task, ranks, sink)
         if ranks.is_first:
@@ -154,7 +152,7 @@ def _wait_for_store(store: Location, lies: Location) -> None:
                 raise OSError(errno.EIO, str(error)) from error
             raise
 
-    patiently(f"the store {lies}", look)
+    retry_io(f"the store {lies}", look)
 
 
 def use_given_cpus() -> None:

@@ -178,9 +178,9 @@ def _run(
     check_seen([store.path], [out])
     resume_from = None
     if resume:
-        resume_from = folder.begin_again(out, config)
+        resume_from = folder.resume_run(out, config)
     else:
-        folder.begin(out, store, config)
+        folder.create_run(out, store, config)
     return _fit_and_follow(store, out, config, cpus, resume_from)
 
 
@@ -243,7 +243,7 @@ def _fit_and_follow(
         with Follower(out, config, store.n_train) as follower:
             summary = _fit_through_outages(store, out, config, cpus, resume_from)
         save_summaries(out, store)
-        folder.end(out, "finished", summary)
+        folder.end_run(out, "finished", summary)
     except BaseException as error:
         _leave(out, error)
         raise
@@ -278,7 +278,7 @@ def _fit_through_outages(
         try:
             return _fit(store, out, config, cpus)
         except StorageLostError as lost:
-            newest = folder.begin_again(out, config)
+            newest = folder.resume_run(out, config)
             if newest is None or newest == resume_from:
                 raise
             logger.warning("%s: going on from the last checkpoint", lost.detail)
@@ -289,7 +289,11 @@ def _fit(store: Store, out: Path, config: TrainConfig, cpus: int) -> dict[str, A
     import ray.train
     import ray.train.torch
 
-    from rayvaec.training.driver.failures import FailureLimit, WaitLimit, as_own_error
+    from rayvaec.training.driver.failures import (
+        MaxFailuresCallback,
+        PlacementTimeoutCallback,
+        as_own_error,
+    )
     from rayvaec.training.driver.interrupt import InterruptibleTrainer
     from rayvaec.training.driver.train_fn import train_worker
 
@@ -318,8 +322,8 @@ def _fit(store: Store, out: Path, config: TrainConfig, cpus: int) -> dict[str, A
             # Both limits are ours: Ray's count over the whole run, and have no end of waiting.
             failure_config=api.FailureConfig(max_failures=-1, controller_failure_limit=-1),
             callbacks=[
-                FailureLimit(config.max_failures, out),
-                WaitLimit(config.max_wait, workers_text(fewest, most)),
+                MaxFailuresCallback(config.max_failures, out),
+                PlacementTimeoutCallback(config.max_wait, workers_text(fewest, most)),
             ],
         ),
     )

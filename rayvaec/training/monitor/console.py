@@ -17,8 +17,8 @@ from rayvaec.training.records import (
     RecordTail,
     read_attempts,
     read_epochs,
-    read_losses,
     read_progress,
+    read_worker_failures,
 )
 from rayvaec.training.run_dir import read_run
 from rayvaec.training.worker_range import workers_text
@@ -73,7 +73,7 @@ class Follower:
     def __init__(self, run: Path, config: TrainConfig, n_train: int) -> None:
         self._run, self._config, self._n_train = run, config, n_train
         self._epoch, self._attempts = len(read_epochs(run)), len(read_attempts(run))
-        self._losses = len(read_losses(run))
+        self._losses = len(read_worker_failures(run))
         self._first_attempt, self._tail, self._note = self._attempts, RecordTail(run), ""
         self._cells = self._epoch * n_train
         self._progress: Progress | None = None
@@ -125,7 +125,7 @@ class Follower:
 
     def _show_attempts(self) -> None:
         """Log that workers were lost, that they have started again, and from where."""
-        losses = read_losses(self._run)
+        losses = read_worker_failures(self._run)
         for loss in losses[self._losses :]:
             logger.warning("%s: starting the workers again", loss)
         self._losses = max(self._losses, len(losses))

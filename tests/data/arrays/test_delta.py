@@ -17,11 +17,11 @@ from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec
 from zarr.codecs.numcodecs import Delta
 
 from rayvaec.data.arrays.delta import undo_delta, without_delta_warning
-from rayvaec.data.arrays.sharded import ShardedVector, ZarrVector, open_vector
+from rayvaec.data.arrays.sharded import ShardedArray1D, ZarrArray1D, open_array_1d
 from rayvaec.data.inputs.obs import ObsKeys
 from rayvaec.data.inputs.reader import Input
 from rayvaec.data.inputs.writer import create_vector
-from rayvaec.data.io.byte_reader import LocalBlobs
+from rayvaec.data.io.byte_reader import LocalByteReader
 from rayvaec.data.loading.loader import Loader
 from rayvaec.data.store.open import open_store
 from rayvaec.errors import StoreError
@@ -78,7 +78,7 @@ def write(
 
 
 def opened(folder: Path):
-    return open_vector(LocalBlobs(folder), "x")
+    return open_array_1d(LocalByteReader(folder), "x")
 
 
 whole = st.sampled_from(DTYPES).flatmap(
@@ -110,12 +110,16 @@ def test_reads_what_zarr_reads(tmp_path, data):
     values[slice(*empty)] = fill_value  # whole chunks and shards of it are not written
     per_shard, inner = data.draw(st.integers(1, 5)), data.draw(st.sampled_from(sorted(INNER)))
     array = write(
-        *(tmp_path, values, chunk, per_shard, inner),
+        tmp_path,
+        values,
+        chunk,
+        per_shard,
+        inner,
         fill_value=fill_value,
         config={"write_empty_chunks": data.draw(st.booleans())},
     )
     vector = opened(tmp_path)
-    assert isinstance(vector, ShardedVector)
+    assert isinstance(vector, ShardedArray1D)
     np.testing.assert_array_equal(array[:], values)
     borders = range(0, n + 1, chunk)
     for _ in range(5):
@@ -141,7 +145,7 @@ def test_other_differences_are_read_by_zarr(tmp_path, values, options):
     with without_delta_warning():
         write(tmp_path, values, **options)
     vector = opened(tmp_path)  # and no warning
-    assert isinstance(vector, ZarrVector)
+    assert isinstance(vector, ZarrArray1D)
     np.testing.assert_array_equal(vector.read(3, 33), values[3:33])
 
 

@@ -8,8 +8,8 @@ import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec
 
 from rayvaec.data.arrays import decode
-from rayvaec.data.arrays.sharded import ShardedVector, open_vector, read_ranges
-from rayvaec.data.io.byte_reader import LocalBlobs
+from rayvaec.data.arrays.sharded import ShardedArray1D, open_array_1d, read_ranges
+from rayvaec.data.io.byte_reader import LocalByteReader
 from rayvaec.errors import StoreError
 
 WRITTEN = {
@@ -38,8 +38,8 @@ def vectors(tmp_path):
             fill_value=0,
         )
         array[:] = values
-    blobs = LocalBlobs(tmp_path)
-    return {name: open_vector(blobs, name) for name in WRITTEN}
+    blobs = LocalByteReader(tmp_path)
+    return {name: open_array_1d(blobs, name) for name in WRITTEN}
 
 
 RANGES = [("counts", 3, 90), ("plain", 5, 45), ("offsets", 60, 70), ("gaps", 2, 47)]
@@ -56,7 +56,7 @@ def test_ranges_of_many_arrays_are_read_in_their_order(vectors):
 def test_one_call_reads_what_it_can(vectors, monkeypatch):
     if not (decode.DECOMPRESS and decode.CRC32C and decode.PREAD):
         pytest.skip("the C functions are not to be had")
-    monkeypatch.setattr(ShardedVector, "read_into", None)
+    monkeypatch.setattr(ShardedArray1D, "read_into", None)
     spans = [(vectors["counts"], 3, 90), (vectors["offsets"], 60, 70)]
     for values, wanted in zip(
         read_ranges(spans), (WRITTEN["counts"][3:90], WRITTEN["offsets"][60:]), strict=True

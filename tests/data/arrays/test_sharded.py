@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, ZstdCodec
 
-from rayvaec.data.arrays.sharded import ShardedVector, ZarrVector, open_vector
-from rayvaec.data.io.byte_reader import LocalBlobs
+from rayvaec.data.arrays.sharded import ShardedArray1D, ZarrArray1D, open_array_1d
+from rayvaec.data.io.byte_reader import LocalByteReader
 from rayvaec.errors import StoreError
 
 KNOWN = {
@@ -62,7 +62,7 @@ def write(
 
 
 def opened(folder: Path):
-    return open_vector(LocalBlobs(folder), "x")
+    return open_array_1d(LocalByteReader(folder), "x")
 
 
 def read_through_buffer(vector, start: int, stop: int) -> np.ndarray:
@@ -89,13 +89,17 @@ def test_reads_what_zarr_reads(tmp_path, data):
     empty = data.draw(st.tuples(st.integers(0, 100), st.integers(0, 100)))
     values[slice(*empty)] = fill_value  # whole chunks and shards of it are not written
     array = write(
-        *(tmp_path, values, chunk, chunks_per_shard, codecs),
+        tmp_path,
+        values,
+        chunk,
+        chunks_per_shard,
+        codecs,
         index_location=data.draw(st.sampled_from(["start", "end"])),
         fill_value=fill_value,
         config={"write_empty_chunks": data.draw(st.booleans())},
     )
     vector = opened(tmp_path)
-    assert isinstance(vector, ShardedVector) == (codecs in KNOWN)
+    assert isinstance(vector, ShardedArray1D) == (codecs in KNOWN)
     assert len(vector) == n
     assert vector.dtype == array.dtype
     for _ in range(5):
@@ -117,7 +121,7 @@ def test_a_missing_shard_is_fill_value(tmp_path):
 def test_a_missing_shard_that_must_exist_is_an_error(tmp_path):
     write(tmp_path, np.arange(1, 101, dtype="uint16"))
     (tmp_path / "x/c/2").unlink()
-    vector = open_vector(LocalBlobs(tmp_path), "x", {"x/c/1": "", "x/c/2": ""})
+    vector = open_array_1d(LocalByteReader(tmp_path), "x", {"x/c/1": "", "x/c/2": ""})
     vector.read(0, 48)
     with pytest.raises(StoreError, match=r"x/c/2 is missing"):
         vector.read(47, 49)
@@ -161,13 +165,13 @@ def test_chunks_in_any_order_are_found(tmp_path, codecs):
     ids=lambda change: next(iter(change)),
 )
 def test_arrays_that_are_not_understood_are_left_to_zarr(tmp_path, change):
-    from rayvaec.data.arrays.metadata import Layout
+    from rayvaec.data.arrays.metadata import ArrayMetadata
 
     write(tmp_path, np.arange(100, dtype="float32"))
     metadata = json.loads((tmp_path / "x/zarr.json").read_text())
-    assert Layout.parse(metadata) is not None
-    assert Layout.parse(metadata | change) is None
-    assert Layout.parse("x") is None
+    assert ArrayMetadata.parse(metadata) is not None
+    assert ArrayMetadata.parse(metadata | change) is None
+    assert ArrayMetadata.parse("x") is None
 
 
 def test_big_endian_and_unsharded_arrays_are_read_by_zarr(tmp_path):
@@ -176,10 +180,10 @@ def test_big_endian_and_unsharded_arrays_are_read_by_zarr(tmp_path):
     group.create_array("plain", data=values, chunks=(7,))
     sharding = ShardingCodec(chunk_shape=(5,), codecs=[BytesCodec(endian="big")])
     group.create_array("big", data=values, chunks=(10,), serializer=sharding, compressors=None)
-    blobs = LocalBlobs(tmp_path)
+    blobs = LocalByteReader(tmp_path)
     for name in ("plain", "big"):
-        vector = open_vector(blobs, name)
-        assert isinstance(vector, ZarrVector)
+        vector = open_array_1d(blobs, name)
+        assert isinstance(vector, ZarrArray1D)
         assert vector.dtype == np.dtype("int32")
         np.testing.assert_array_equal(vector.read(3, 33), values[3:33])
         np.testing.assert_array_equal(read_through_buffer(vector, 3, 33), values[3:33])
@@ -242,7 +246,7 @@ def test_local_chunks_are_read_in_one_call(tmp_path, monkeypatch):
     write(tmp_path, np.arange(1, 31, dtype="uint16"), 8, 4, "zstd")
     vector = opened(tmp_path)
     vector.read(0, 30)  # the indexes
-    monkeypatch.setattr(LocalBlobs, "read", None)
+    monkeypatch.setattr(LocalByteReader, "read", None)
     assert vector.read(3, 29).tolist() == list(range(4, 30))
 
 
@@ -310,8 +314,8 @@ def test_few_files_stay_open(tmp_path, monkeypatch):
     monkeypatch.setattr("rayvaec.data.io.byte_reader.MAX_OPEN_FILES", 3)
     values = np.arange(1, 101, dtype="uint16")
     write(tmp_path, values, chunk=2, chunks_per_shard=1)
-    blobs = LocalBlobs(tmp_path)
-    vector = open_vector(blobs, "x")
+    blobs = LocalByteReader(tmp_path)
+    vector = open_array_1d(blobs, "x")
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(2):
         np.testing.assert_array_equal(vector.read(0, 100), values)

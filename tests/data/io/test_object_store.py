@@ -12,7 +12,7 @@ import pytest
 from rayvaec.cli import main
 from rayvaec.data import Loader, open_store
 from rayvaec.data.io import object_store
-from rayvaec.data.io.object_store import open_blobs
+from rayvaec.data.io.object_store import open_reader
 from rayvaec.errors import ConfigError, StoreError
 from rayvaec.util.location import location
 
@@ -190,13 +190,13 @@ def test_large_files_are_asked_for_in_pieces(tmp_path, serve_files, monkeypatch)
     content = np.random.default_rng(0).integers(0, 256, 9_500).astype(np.uint8)
     (tmp_path / "file").write_bytes(content.tobytes())
     server = serve_files(tmp_path)
-    blobs = open_blobs(location(server.url))
+    blobs = open_reader(location(server.url))
     out = np.empty(9_000, np.uint8)
     blobs.read("file", 300, out)
     np.testing.assert_array_equal(out, content[300:9300])
     assert len(server.requests) == 9
-    assert blobs.checksum("file") == open_blobs(tmp_path).checksum("file")
-    assert blobs.checksum("no") is open_blobs(tmp_path).checksum("no") is None
+    assert blobs.checksum("file") == open_reader(tmp_path).checksum("file")
+    assert blobs.checksum("no") is open_reader(tmp_path).checksum("no") is None
 
 
 def test_without_obstore_the_extra_is_named():

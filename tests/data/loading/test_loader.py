@@ -19,7 +19,7 @@ from scipy import sparse
 from rayvaec.data import Loader, open_store
 from rayvaec.data.loading.loader import prefetched
 from rayvaec.data.loading.sampler import LanePlan
-from rayvaec.data.loading.shuffle_buffer import Buffers, Minibatch
+from rayvaec.data.loading.shuffle_buffer import Minibatch, ReusableBuffers
 from rayvaec.errors import ConfigError, StoreError
 
 SMALL = {"block_rows": 8, "buffer_rows": 512, "lanes": 16}
@@ -75,7 +75,14 @@ def test_every_number_of_workers_sees_the_same_minibatches(
         "split": split,
     }
     plan = LanePlan(
-        *(rows.start, rows.stop, 16 * lane_rows, 16, block_rows, window_blocks, seed, epoch)
+        start=rows.start,
+        stop=rows.stop,
+        batch_size=16 * lane_rows,
+        lanes=16,
+        block_rows=block_rows,
+        window_blocks=window_blocks,
+        seed=seed,
+        epoch=epoch,
     )
     alone = cells(Loader(store, **options).epoch(epoch))
     assert sorted(cell for part in alone for cell in part) == list(rows)
@@ -207,13 +214,13 @@ def test_a_tensor_of_a_minibatch_keeps_its_values_too(random_store):
 
 def test_room_is_used_again(random_store, monkeypatch):
     made = []
-    count = Buffers.__init__
+    count = ReusableBuffers.__init__
 
     def counting(self, store):
         made.append(self)
         count(self, store)
 
-    monkeypatch.setattr(Buffers, "__init__", counting)
+    monkeypatch.setattr(ReusableBuffers, "__init__", counting)
     loader = Loader(open_store(random_store.path), 16, prefetch=2, **SMALL)
     assert loader.steps_per_epoch == 132
     for _ in loader.epoch(0):
@@ -319,15 +326,15 @@ def test_a_process_ends_though_an_epoch_does_not(random_store):
 @pytest.mark.parametrize("n_cells", [1_000, 10_000])
 def test_memory_does_not_grow_with_the_store(make_store, monkeypatch, n_cells):
     store = open_store(make_store(n_cells=n_cells, n_genes=20).path)
-    one = Buffers(store)
-    made: list[Buffers] = []
-    start = Buffers.__init__
+    one = ReusableBuffers(store)
+    made: list[ReusableBuffers] = []
+    start = ReusableBuffers.__init__
 
     def counting(self, store):
         made.append(self)
         start(self, store)
 
-    monkeypatch.setattr(Buffers, "__init__", counting)
+    monkeypatch.setattr(ReusableBuffers, "__init__", counting)
     for _ in Loader(store, 64, prefetch=2, **SMALL).epoch(0):
         pass
     held = sum(room.counts.nbytes + room.indices.nbytes for room in made)
@@ -335,7 +342,7 @@ def test_memory_does_not_grow_with_the_store(make_store, monkeypatch, n_cells):
 
 
 def test_little_is_held_in_little_room(random_store):
-    room = Buffers(open_store(random_store.path))
+    room = ReusableBuffers(open_store(random_store.path))
     fits = len(room.counts)
     for n, most in ((fits, 2**19), (fits + 1, 2**23), (4 * fits, 2**23)):
         room.reserve(n, 0)

@@ -18,7 +18,7 @@ from rayvaec.training.distributed.process_group import Ranks
 from rayvaec.training.driver.train_fn import RaySink
 from rayvaec.training.driver.trainer import _open
 from rayvaec.training.loop import Task, TrainLoop
-from rayvaec.training.run_dir import begin, check_resumable
+from rayvaec.training.run_dir import check_resumable, create_run
 
 CONFIG = PrepareConfig("cell_type", batch_key="donor", partition_elements=60)
 
@@ -127,7 +127,7 @@ def test_a_description_of_a_newer_version_is_refused(store, tmp_path):
 def test_a_resumed_run_keeps_its_cells(store, write, tmp_path, caplog):
     run, config = tmp_path / "run", TrainConfig(batch_size=16, n_hidden=8, max_epochs=1)
     before = open_store(store)
-    begin(run, before, config)
+    create_run(run, before, config)
     share(before, run)
     append(store, write("b.h5ad"))
     opened = _open(store, run, None, None)
@@ -143,7 +143,7 @@ def test_a_resumed_run_keeps_its_cells(store, write, tmp_path, caplog):
 def test_a_worker_that_starts_again_takes_the_steps_of_before(store, write, tmp_path):
     run, config = tmp_path / "run", TrainConfig(batch_size=16, n_hidden=8, max_epochs=2)
     before = open_store(store)
-    begin(run, before, config)
+    create_run(run, before, config)
     task = Task(Path(share(before, run)), run, config)
 
     def started() -> TrainLoop:

@@ -20,7 +20,7 @@ from rayvaec.data.prepare.append import append_config
 from rayvaec.data.prepare.pipeline import PrepareConfig, prepare
 from rayvaec.data.store.open import Store, open_store
 from rayvaec.data.store.row_sample import MOST_RUN_ROWS, RUNS, RowSample, sample_rows
-from rayvaec.data.store.summarize import summarise
+from rayvaec.data.store.summarize import summarize
 from rayvaec.inference.ppc.config import CheckConfig
 from rayvaec.inference.ppc.run import _rows
 from rayvaec.model.vaec import VAEC
@@ -100,7 +100,7 @@ def checked(store: Store) -> None:
     [
         (start_values, 1),
         (validated, 1),
-        (lambda store: summarise(store, max_cells=400), 1),
+        (lambda store: summarize(store, max_cells=400), 1),
         (checked, 4),
     ],
     ids=["start values", "validation", "summary", "check"],

@@ -6,7 +6,7 @@ import pytest
 
 from rayvaec.data.prepare.pipeline import PrepareConfig, prepare
 from rayvaec.data.store.open import open_store
-from rayvaec.data.store.summarize import summarise
+from rayvaec.data.store.summarize import summarize
 from rayvaec.model.training_summary import COUNT_EDGES
 
 
@@ -23,7 +23,7 @@ def dense(store, start, stop):
 
 
 def test_it_is_what_numpy_says_of_the_training_cells(store):
-    summary = summarise(store)
+    summary = summarize(store)
     x, labels = dense(store, 0, store.n_train)
     assert summary.cells.sum() == store.n_train
     for label in range(store.registry.n_labels):
@@ -42,10 +42,10 @@ def test_a_sample_is_bounded(store, monkeypatch):
     monkeypatch.setattr("rayvaec.data.store.summarize.BLOCK_ROWS", 100)
     read, whole = [], store.read_runs
     monkeypatch.setattr(store, "read_runs", lambda runs: read.append(runs) or whole(runs))
-    summary = summarise(store, max_cells=350)
+    summary = summarize(store, max_cells=350)
     assert summary.cells.sum() == 350
     assert [sum(map(len, runs)) for runs in read] == [100, 100, 100, 50]
-    np.testing.assert_allclose(summary.mean.mean(), summarise(store).mean.mean(), rtol=0.1)
+    np.testing.assert_allclose(summary.mean.mean(), summarize(store).mean.mean(), rtol=0.1)
 
 
 def test_a_label_without_training_cells_has_zeros(tmp_path):
@@ -57,7 +57,7 @@ def test_a_label_without_training_cells_has_zeros(tmp_path):
         config = PrepareConfig(labels_key="cell_type", val_fraction=0.5, seed=seed)
         prepare([tmp_path / "atlas.h5ad"], tmp_path / "store", config, overwrite=True)
         store = open_store(tmp_path / "store")
-        summary = summarise(store)
+        summary = summarize(store)
         if not summary.cells[1]:
             break
     assert summary.cells.tolist() == [store.n_train, 0]

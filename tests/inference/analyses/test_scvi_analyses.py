@@ -175,7 +175,8 @@ def test_marginal_ll(both, adata):
         generated = module.generative(
             grid[:, None, None].expand(-1, N_CELLS, 1),
             tensors["X"].sum(1, keepdim=True).expand(len(grid), -1, -1),
-            *(tensors["labels"], tensors["batch"]),
+            tensors["labels"],
+            tensors["batch"],
         )
         log_joint = generated["px"].log_prob(tensors["X"]).sum(-1).double()
     log_joint += torch.distributions.Normal(0, 1).log_prob(grid.double())[:, None]

@@ -59,7 +59,8 @@ def truth(latent_effect: float = 0.0, **options: object) -> VAEC:
     """A model whose q(z | x, y) is its prior: the posterior itself where z has no effect."""
     torch.manual_seed(0)
     module = VAEC(
-        *(N_GENES, N_LABELS),
+        n_input=N_GENES,
+        n_labels=N_LABELS,
         **{
             "n_hidden": 32,
             "n_latent": 2,

@@ -139,7 +139,9 @@ def test_no_cells():
     ):
         out, *grads = differentiated(
             lambda *a: hidden_layers(a[0], [torch.zeros(0, dtype=torch.int64)], a[1]),
-            *(x, layers, torch.zeros(0, 8)),
+            x,
+            layers,
+            torch.zeros(0, 8),
         )
         assert out.shape == (0, 8)
         assert not any(grad.any() for grad in grads)

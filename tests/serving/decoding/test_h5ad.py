@@ -27,7 +27,7 @@ from rayvaec.serving.decoding.bodies import query_parameters
 from rayvaec.serving.decoding.h5ad.reader import Columns, read_cells
 from rayvaec.serving.decoding.h5ad.sandbox import Sandbox, _refusal, receive, send
 from rayvaec.serving.deployment import ServeArgs
-from rayvaec.serving.engine.engine import Service
+from rayvaec.serving.engine.engine import Engine
 from rayvaec.serving.middleware.limits import Limits
 
 MEGABYTE = 2**20
@@ -168,7 +168,7 @@ def test_uploads_are_off_by_default(serve_with, trained, whole):
     asked = {"label": trained.registry.labels[0], "library": 100}
     answer = off.post("/v1/generate", json=asked, headers={"Accept": H5AD})
     assert answer.headers["content-type"] == H5AD
-    service = Service(trained, Limits())
+    service = Engine(trained, Limits())
     assert not service.h5ad_uploads
     service.close()
     assert not ServeArgs(model="model").enable_h5ad_uploads

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from rayvaec.errors import RequestError
-from rayvaec.serving.engine.batcher import Merger
+from rayvaec.serving.engine.batcher import DynamicBatcher
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ async def submit_all(
 ) -> list[object]:
     """Submit the first part, and the others while it is in work."""
     executor = ThreadPoolExecutor(1, "rayvaec-sampler")
-    merger = Merger(recorder, max_rows, executor)
+    merger = DynamicBatcher(recorder, max_rows, executor)
     tasks = [asyncio.create_task(merger.submit(parts[0]))]
     while not recorder.calls:
         await asyncio.sleep(0.001)
@@ -76,7 +76,7 @@ def test_the_worker_goes_on_while_the_event_loop_is_busy():
 
     async def go() -> list[object]:
         with ThreadPoolExecutor(1) as executor:
-            merger = Merger(recorder, 1, executor)
+            merger = DynamicBatcher(recorder, 1, executor)
             tasks = [asyncio.create_task(merger.submit(Part(name))) for name in "abc"]
             await asyncio.sleep(0)
             blocked_until_called(recorder, 3)
@@ -91,7 +91,7 @@ def test_mergers_take_turns_with_one_thread():
 
     async def go() -> None:
         with ThreadPoolExecutor(1) as executor:
-            one, other = (Merger(recorder, 1, executor) for _ in range(2))
+            one, other = (DynamicBatcher(recorder, 1, executor) for _ in range(2))
             submitted = [(one, "a"), (one, "b"), (one, "c"), (other, "x"), (other, "y")]
             tasks = [asyncio.create_task(m.submit(Part(name))) for m, name in submitted]
             await asyncio.sleep(0)
@@ -123,7 +123,7 @@ def test_a_crash_reaches_all_and_the_next_work_goes_on():
 
     async def go() -> None:
         executor = ThreadPoolExecutor(1)
-        merger = Merger(recorder, 10, executor)
+        merger = DynamicBatcher(recorder, 10, executor)
         with pytest.raises(OSError, match="crash"):
             await merger.submit(Part("crash"))
         assert await merger.submit(Part("a")) == "A"
@@ -145,7 +145,7 @@ def test_what_waits_when_the_worker_is_shut_down_is_refused(cancel):
 
     async def go() -> None:
         executor = ThreadPoolExecutor(1)
-        one, other = (Merger(recorder, 1, executor) for _ in range(2))
+        one, other = (DynamicBatcher(recorder, 1, executor) for _ in range(2))
         submitted = [(one, "a"), (one, "b"), (other, "x")]
         tasks = [asyncio.create_task(m.submit(Part(name))) for m, name in submitted]
         while not recorder.calls:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rayvaec.serving.engine.engine import Service
+from rayvaec.serving.engine.engine import Engine
 from rayvaec.serving.engine.summary import MOST_GENES
 from rayvaec.serving.http.app import create_app
 from rayvaec.serving.middleware.limits import Limits
@@ -18,7 +18,7 @@ def app_of(http):
     services = []
 
     def build(model):
-        services.append(Service(model, Limits()))
+        services.append(Engine(model, Limits()))
         return type(http)(create_app({"model": services[-1]}, Limits()))
 
     yield build

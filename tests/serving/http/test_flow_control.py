@@ -13,7 +13,7 @@ from rayvaec.protocol import ARROW, H5AD, JSON, AnswerStream
 from rayvaec.serving.http import flow_control
 from rayvaec.serving.http.flow_control import EXTENSION, Acknowledger, SendWindow
 from rayvaec.serving.middleware.concurrency import ConcurrencyLimiter
-from rayvaec.serving.middleware.load_shedding import Front
+from rayvaec.serving.middleware.load_shedding import LoadSheddingMiddleware
 
 BODY = {"type": "http.request", "body": b"x", "more_body": False}
 GONE = {"type": "http.disconnect"}
@@ -335,7 +335,7 @@ def test_the_proxy_announces_and_acknowledges_every_answer(monkeypatch, method):
             sent.append(message.get("body", b""))
 
         scope = {"type": "http", "method": method, "path": "/", "headers": []}
-        await Front(replica, 1, 1000)(scope, Wire(BODY), send)
+        await LoadSheddingMiddleware(replica, 1, 1000)(scope, Wire(BODY), send)
         assert "extensions" not in scope
         assert b"".join(sent) == b"abcdabcd"
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi import checks
 
-from rayvaec.serving.engine.engine import Service
+from rayvaec.serving.engine.engine import Engine
 from rayvaec.serving.http.app import create_app
 from rayvaec.serving.middleware.auth import digest
 from rayvaec.serving.middleware.limits import Limits
@@ -35,7 +35,7 @@ CHECKS = [
 """Not whether data that fit the schema are taken: it cannot say that labels are the model's."""
 
 
-class Lasting(Service):
+class Lasting(Engine):
     """Outlives its application, which schemathesis starts and stops for every request."""
 
     def close(self) -> None:
@@ -47,7 +47,7 @@ def api(trained: Any) -> Iterator[Any]:
     service = Lasting(trained, LIMITS)
     app = create_app({"model": service}, LIMITS, digest(TOKEN))
     yield schemathesis.openapi.from_asgi("/openapi.json", app, headers=HEADERS)
-    Service.close(service)
+    Engine.close(service)
 
 
 def test_no_route_is_left_out(api):

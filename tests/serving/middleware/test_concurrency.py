@@ -253,7 +253,7 @@ def test_batches_are_bounded_in_rows_times_genes(trained, monkeypatch):
 
     def rows(values: int) -> int:
         monkeypatch.setattr(engine, "MERGED_VALUES", values)
-        one = engine.Service(trained, Limits())
+        one = engine.Engine(trained, Limits())
         one.close()
         return one._merger._max_rows
 

@@ -11,7 +11,7 @@ import pytest
 
 from rayvaec.errors import ConfigError
 from rayvaec.serving.middleware import load_shedding
-from rayvaec.serving.middleware.load_shedding import Front
+from rayvaec.serving.middleware.load_shedding import LoadSheddingMiddleware
 
 PLACES, MAX_BYTES = 2, 1000
 
@@ -32,7 +32,9 @@ class Proxy:
         await self.end.wait()
 
 
-async def ask(app: Front, method: str = "POST", length: int = 0) -> list[dict[str, Any]]:
+async def ask(
+    app: LoadSheddingMiddleware, method: str = "POST", length: int = 0
+) -> list[dict[str, Any]]:
     """Send one request; return the answer's messages. The body is not to be read."""
     sent: list[dict[str, Any]] = []
 
@@ -51,7 +53,7 @@ async def ask(app: Front, method: str = "POST", length: int = 0) -> list[dict[st
 def test_who_finds_no_place_is_told_without_being_passed_on():
     async def go() -> None:
         proxy = Proxy()
-        app = Front(proxy, PLACES, MAX_BYTES)
+        app = LoadSheddingMiddleware(proxy, PLACES, MAX_BYTES)
         waiting = [asyncio.create_task(ask(app)) for _ in range(PLACES)]
         await asyncio.sleep(0)
         start, body = await ask(app)
@@ -77,7 +79,7 @@ def test_who_finds_no_place_is_told_without_being_passed_on():
 def test_a_place_is_free_once_the_whole_answer_is_sent():
     async def go() -> None:
         proxy = Proxy()
-        app = Front(proxy, 1, MAX_BYTES)
+        app = LoadSheddingMiddleware(proxy, 1, MAX_BYTES)
         proxy.answer.set()
         first = asyncio.create_task(ask(app))
         await asyncio.sleep(0)
@@ -96,7 +98,7 @@ def test_a_place_is_free_after_a_failure():
         raise ConnectionError
 
     async def go() -> None:
-        app = Front(fails, 1, MAX_BYTES)
+        app = LoadSheddingMiddleware(fails, 1, MAX_BYTES)
         for _ in range(3):
             with pytest.raises(ConnectionError):
                 await ask(app)
@@ -135,7 +137,7 @@ def test_an_answer_leaves_memory_without_waiting_for_the_collector(method, monke
         async def whole(message: Any) -> None:
             parts.append(bytes(message.get("body", b"")))
 
-        await Front(lingers, 1, MAX_BYTES)(scope, receive, whole)
+        await LoadSheddingMiddleware(lingers, 1, MAX_BYTES)(scope, receive, whole)
 
     monkeypatch.setattr(Body, "gone", 0)
     parts: list[bytes] = []
@@ -167,7 +169,9 @@ class Reads:
         await send({"type": "http.response.body", "body": b"the client left"})
 
 
-def send_body(app: Front, chunks: list[bytes], length: int | None) -> list[dict[str, Any]]:
+def send_body(
+    app: LoadSheddingMiddleware, chunks: list[bytes], length: int | None
+) -> list[dict[str, Any]]:
     """Send a request with a body in chunks; return the answer's messages."""
     coming = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
     coming[-1]["more_body"] = False
@@ -187,7 +191,7 @@ def send_body(app: Front, chunks: list[bytes], length: int | None) -> list[dict[
 
 def test_a_body_that_says_it_is_too_large_is_not_read():
     reads = Reads()
-    start, body = send_body(Front(reads, 1, 100), [b"1"] * 101, 101)
+    start, body = send_body(LoadSheddingMiddleware(reads, 1, 100), [b"1"] * 101, 101)
     assert (start["status"], reads.read) == (413, [])
     assert json.loads(body["body"])["error"] == "body_too_large"
 
@@ -195,17 +199,19 @@ def test_a_body_that_says_it_is_too_large_is_not_read():
 @pytest.mark.parametrize("length", [None, 5])
 def test_a_body_that_is_larger_than_it_said_is_given_up(length):
     reads = Reads()
-    start, body = send_body(Front(reads, 1, 100), [b"1"] * 1000, length)
+    start, body = send_body(LoadSheddingMiddleware(reads, 1, 100), [b"1"] * 1000, length)
     assert start["status"] == 413
     assert json.loads(body["body"])["error"] == "body_too_large"
     assert sum(map(len, reads.read)) == 100
-    assert send_body(Front(reads, 1, 100), [b"1"] * 100, length)[0]["status"] == 200
+    assert (
+        send_body(LoadSheddingMiddleware(reads, 1, 100), [b"1"] * 100, length)[0]["status"] == 200
+    )
 
 
 def test_bodies_share_the_room_and_who_finds_none_is_told_when_to_come_back():
     async def go() -> None:
         proxy = Proxy()
-        app = Front(proxy, PLACES, 100)
+        app = LoadSheddingMiddleware(proxy, PLACES, 100)
         first = asyncio.create_task(ask(app, length=60))
         await asyncio.sleep(0)
         start, body = await ask(app, length=41)
@@ -225,7 +231,7 @@ def test_the_environment_says_how_many_places_there_are(monkeypatch):
     for name, value in load_shedding.environment(7).items():
         monkeypatch.setenv(name, value)
     (found,) = load_shedding.middlewares()
-    assert found.cls is Front
+    assert found.cls is LoadSheddingMiddleware
     assert found.kwargs == {"places": 7, "max_bytes": 2**30}
     monkeypatch.setenv("RAYVAEC_PROXY_PLACES", "128")
     assert load_shedding.middlewares()[0].kwargs == {"places": 128, "max_bytes": 2**31}

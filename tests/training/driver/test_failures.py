@@ -13,9 +13,14 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2._internal.execution.controller.state import InitializingState, RunningState
 
 from rayvaec.errors import RayvaecError, StoreError
-from rayvaec.training.driver.failures import FailureLimit, WaitLimit, as_own_error, loss_text
+from rayvaec.training.driver.failures import (
+    MaxFailuresCallback,
+    PlacementTimeoutCallback,
+    as_own_error,
+    loss_text,
+)
 from rayvaec.training.driver.storage_retry import StorageLostError
-from rayvaec.training.records import read_losses
+from rayvaec.training.records import read_worker_failures
 
 OURS = StoreError("the file x is damaged", "copy it again")
 
@@ -48,14 +53,14 @@ def test_a_foreign_error_becomes_one_line() -> None:
 
 def test_our_error_ends_the_run_at_once(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="x is damaged"):
-        FailureLimit(-1, tmp_path).after_exception(
+        MaxFailuresCallback(-1, tmp_path).after_exception(
             None, {0: wrapped(KeyError("a")), 1: wrapped(OURS)}
         )
 
 
 def test_losses_between_two_checkpoints_are_counted(tmp_path: Path) -> None:
     limit, lost = (
-        FailureLimit(2, tmp_path),
+        MaxFailuresCallback(2, tmp_path),
         {1: wrapped(ConnectionError("Connection closed by peer"))},
     )
     for _ in range(5):
@@ -72,14 +77,14 @@ def test_losses_between_two_checkpoints_are_counted(tmp_path: Path) -> None:
     ):
         limit.after_exception(None, lost)
     for _ in range(9):
-        FailureLimit(-1, tmp_path).after_exception(None, lost)
-    survived = len(read_losses(tmp_path))
+        MaxFailuresCallback(-1, tmp_path).after_exception(None, lost)
+    survived = len(read_worker_failures(tmp_path))
     assert survived == 10 + 2 + 1 + 9
     with pytest.raises(
         RayvaecError, match=r"the training failed: worker 1: .*go on with `resume=True`"
     ):
-        FailureLimit(0, tmp_path).after_exception(None, lost)
-    assert len(read_losses(tmp_path)) == survived
+        MaxFailuresCallback(0, tmp_path).after_exception(None, lost)
+    assert len(read_worker_failures(tmp_path)) == survived
 
 
 def test_a_loss_is_one_line_that_names_worker_place_and_cause() -> None:
@@ -105,7 +110,11 @@ def test_waiting_for_room_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("rayvaec.training.driver.failures.time.monotonic", lambda: clock[0])
     monkeypatch.setattr("rayvaec.training.driver.failures.time.sleep", lambda _: None)
-    limit, running, waiting = WaitLimit(60, "2 to 8 workers"), RunningState(), InitializingState()
+    limit, running, waiting = (
+        PlacementTimeoutCallback(60, "2 to 8 workers"),
+        RunningState(),
+        InitializingState(),
+    )
 
     def wait_until(time: float) -> None:
         clock[0] = time

@@ -22,7 +22,7 @@ from rayvaec.training.driver.storage_retry import (
     StorageLostError,
     error_number,
     is_outage,
-    patiently,
+    retry_io,
 )
 from rayvaec.training.loop import TrainLoop
 from rayvaec.training.records import append_record, read_epochs, read_records
@@ -52,7 +52,7 @@ def failing(times: int, number: int) -> Callable[[], str]:
 def test_storage_that_comes_back_is_waited_for(
     number: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert patiently("the run", failing(5, number)) == "done"
+    assert retry_io("the run", failing(5, number)) == "done"
     said = [record.getMessage() for record in caplog.records]
     assert said == [f"the run cannot be reached ({os.strerror(number)}): waiting"]
 
@@ -60,14 +60,14 @@ def test_storage_that_comes_back_is_waited_for(
 def test_storage_that_stays_away_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_retry, "PATIENCE_SECONDS", 0.2)
     with pytest.raises(StorageLostError, match=r"the run could not be reached for 0 s \(Stale"):
-        patiently("the run", failing(10**9, errno.ESTALE))
+        retry_io("the run", failing(10**9, errno.ESTALE))
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_storage_that_is_full_is_not_waited_for(number: int) -> None:
     action = failing(1, number)
     with pytest.raises(RayvaecError, match="no room left for the run .*; free some space, then"):
-        patiently("the run", action)
+        retry_io("the run", action)
 
 
 LASTING = [errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT]
@@ -85,7 +85,7 @@ def test_what_waiting_does_not_mend_is_said_at_once(
         raise OSError(number, os.strerror(number), str(tmp_path / "run/metrics.jsonl"))
 
     with pytest.raises(RayvaecError) as caught:
-        patiently("the run", action, tmp_path if given else None)
+        retry_io("the run", action, tmp_path if given else None)
     assert not isinstance(caught.value, StorageLostError)
     problem = f"the run cannot be written or read ({os.strerror(number)}: {tmp_path}/run/metrics"
     assert caught.value.detail.startswith(problem)
@@ -105,12 +105,12 @@ def test_a_folder_that_is_away_is_waited_for(tmp_path: Path) -> None:
             raise FileNotFoundError(errno.ENOENT, "No such file or directory")
         return "done"
 
-    assert patiently("the run", action, folder) == "done"
+    assert retry_io("the run", action, folder) == "done"
 
 
 def test_what_is_no_failure_of_storage_is_raised() -> None:
     with pytest.raises(ZeroDivisionError):
-        patiently("the run", lambda: 1 // 0)
+        retry_io("the run", lambda: 1 // 0)
 
 
 def test_numbers_are_read_from_foreign_errors() -> None:

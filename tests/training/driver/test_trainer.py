@@ -193,7 +193,7 @@ def test_only_a_run_that_is_kept_can_be_resumed(
     for number, error in enumerate((no_room("it"), as_own_error(ControllerError(OSError(5, "x"))))):
         assert "go on with `resume=True`" in error.fix
         run = tmp_path / f"run{number}"
-        folder.begin(run, open_store(store_path), TrainConfig(max_epochs=1))
+        folder.create_run(run, open_store(store_path), TrainConfig(max_epochs=1))
         if kept:
             (run / "checkpoints" / "step_0000000001").mkdir()
         _leave(run, error)

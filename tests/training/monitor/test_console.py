@@ -13,7 +13,12 @@ from rayvaec.training import run_dir as folder
 from rayvaec.training.config import TrainConfig
 from rayvaec.training.loop import TrainLoop
 from rayvaec.training.monitor.console import Follower, describe_run, epoch_line
-from rayvaec.training.records import append_attempt, append_loss, append_record, write_progress
+from rayvaec.training.records import (
+    append_attempt,
+    append_record,
+    record_worker_failure,
+    write_progress,
+)
 
 RECORD = {
     "epoch": 2,
@@ -40,7 +45,7 @@ def test_a_run_is_followed_line_by_line(
 ) -> None:
     monkeypatch.setattr("rayvaec.training.monitor.console.POLL_SECONDS", 0.01)
     append_record(tmp_path, {**RECORD, "epoch": 1, "step": 20})
-    append_loss(tmp_path, "lost worker 9")  # before this run was resumed
+    record_worker_failure(tmp_path, "lost worker 9")  # before this run was resumed
     append_attempt(tmp_path, 10, 2)
     with (
         caplog.at_level(logging.INFO, "rayvaec"),
@@ -52,7 +57,7 @@ def test_a_run_is_followed_line_by_line(
         write_progress(tmp_path, 2, 1500)
         append_record(tmp_path, RECORD)
         append_attempt(tmp_path, 20, 2)
-        append_loss(tmp_path, "lost worker 1")
+        record_worker_failure(tmp_path, "lost worker 1")
         append_attempt(tmp_path, 30, 1)
         # A run that went back to a checkpoint cuts its records, and repeats some.
         (tmp_path / "metrics.jsonl").unlink()
@@ -71,15 +76,15 @@ def test_a_run_is_described(
 ) -> None:
     run = tmp_path / "run"
     config = TrainConfig.from_json({"max_epochs": 2, "n_hidden": 16, "batch_size": 64})
-    folder.begin(run, open_store(store_path), config)
+    folder.create_run(run, open_store(store_path), config)
     text = describe_run(run)
     assert "running, or killed" in text
     assert "0 of 2" in text
     assert f"rayvaec train {store_path} --out {run} --resume" in text
     result = make_loop(max_epochs=2).run()
-    folder.end(run, "finished", result)
+    folder.end_run(run, "finished", result)
     append_attempt(run, 0, 2)
-    append_loss(run, "lost worker 1 (its node was lost)")
+    record_worker_failure(run, "lost worker 1 (its node was lost)")
     append_attempt(run, 30, 1)
     text = describe_run(run)
     for part in (
@@ -95,7 +100,7 @@ def test_a_run_is_described(
         assert part in text
     assert "--resume" not in text
     early = {**result, "stopped": "patience", "epoch": 9, "best_epoch": 6}
-    folder.end(run, "finished", early)
+    folder.end_run(run, "finished", early)
     why = "stopped     early: no better validation ELBO in 3 epochs (patience=20)"
     assert why in describe_run(run)
 

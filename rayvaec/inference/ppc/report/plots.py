@@ -134,7 +134,9 @@ def _thinned(n: int) -> slice:
 def _dots(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str = OBSERVED) -> None:
     some = _thinned(len(x))
     axes.plot(
-        *(x[some], y[some], "."),
+        x[some],
+        y[some],
+        ".",
         color=colour,
         ms=3.5 if len(x) < 3000 else 2,
         alpha=0.5 if len(x) < 3000 else 0.3,
@@ -325,7 +327,8 @@ def _latent(axes: Axes, model: dict[str, Any]) -> str:
     for name, colour in zip(names, _colours(len(names)), strict=True):
         mine = position[codes == name]
         (dots,) = axes.plot(
-            *(*mine.T, "."),
+            *mine.T,
+            ".",
             color=colour,
             ms=3.5 if len(codes) > 500 else 7,
             alpha=0.7,
