@@ -38,7 +38,7 @@ def replica_range(given: int | str) -> tuple[int, int]:
     if fewest < 1:
         raise ConfigError(f"--num-replicas {given} serves nothing", "give 1 or more")
     if most < fewest:
-        raise ConfigError(f"--num-replicas {given} ends before it begins", "give such as 1-4")
+        raise ConfigError(f"--num-replicas={given} ends before it begins", "give such as 1-4")
     return fewest, most
 
 

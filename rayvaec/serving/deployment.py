@@ -289,7 +289,7 @@ def check_port(host: str, port: int) -> int:
         If the port is taken, may not be used, or the address is not this machine's.
     """
     if not 0 <= port < 2**16:
-        raise ConfigError(f"--port {port} is no port", "give a number from 0 to 65535")
+        raise ConfigError(f"--port={port} is not a port", "give a number from 0 to 65535")
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -49,7 +49,7 @@ def test_the_arguments_of_a_config_file_are_checked():
     with pytest.raises(ConfigError, match="'a/b' cannot be the name of a model"):
         ServeArgs.model_validate({"models": {"a/b": "m"}})
     for wrong in ("four", "2-1", "0-2", -1):
-        with pytest.raises(ConfigError, match=f"`num_replicas` {wrong} "):
+        with pytest.raises(ConfigError, match=rf"`num_replicas[`= ]+{wrong}"):
             ServeArgs.model_validate({"model": "m", "num_replicas": wrong})
     with pytest.raises(ConfigError, match="limit max_cells is 0"):
         ServeArgs.model_validate({"model": "m", "limits": {"max_cells": 0}})
@@ -105,8 +105,8 @@ def test_a_taken_port_is_refused_and_a_free_one_found():
 @pytest.mark.parametrize(
     ("host", "port", "words"),
     [
-        ("127.0.0.1", 65536, "--port 65536 is no port"),
-        ("127.0.0.1", -1, "--port -1 is no port"),
+        ("127.0.0.1", 65536, "`port=65536` is not a port"),
+        ("127.0.0.1", -1, "`port=-1` is not a port"),
         ("192.0.2.1", 8000, "cannot listen on 192.0.2.1 port 8000"),
         ("no such host", 8000, "cannot listen on no such host"),
     ],
@@ -123,11 +123,11 @@ def test_an_address_that_cannot_be_listened_on_is_refused(host, port, words):
         ({"model": "."}, ModelError, "model"),
         ({"host": "0.0.0.0"}, ConfigError, "no token is set"),
         ({"token_file": "nowhere"}, ConfigError, "cannot read the token file nowhere"),
-        ({"port": 99999}, ConfigError, "no port"),
+        ({"port": 99999}, ConfigError, "not a port"),
         ({"num_replicas": 0}, ConfigError, "serves nothing"),
-        ({"num_replicas": "1-10000"}, ConfigError, "--num-replicas 10000 needs as many CPUs"),
-        ({"num_replicas": 10_000}, ConfigError, "--num-replicas 10000 needs as many CPUs"),
-        ({"use_gpu": True, "num_replicas": 1}, ConfigError, "--use-gpu .* needs as many GPUs"),
+        ({"num_replicas": "1-10000"}, ConfigError, "`num_replicas=10000` needs as many CPUs"),
+        ({"num_replicas": 10_000}, ConfigError, "`num_replicas=10000` needs as many CPUs"),
+        ({"use_gpu": True, "num_replicas": 1}, ConfigError, "`use_gpu=True` .* needs as many GPUs"),
     ],
 )
 def test_what_cannot_be_served_is_refused_before_ray_starts(

@@ -115,7 +115,9 @@ class Browser:
         return self.driver.find_elements("css selector", selector)
 
     def text(self, selector):
-        return self.find(selector).text
+        # In one go: the page may replace an element between finding and reading it.
+        found = "const e = document.querySelector(arguments[0]); return e && e.innerText.trim()"
+        return self.script(found, selector) or ""
 
     def until(self, condition, seconds=30):
         end = time.monotonic() + seconds

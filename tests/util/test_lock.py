@@ -37,17 +37,16 @@ def holder(tmp_path):
         process.kill()
 
 
-def test_two_writers_at_once_are_refused(holder, tmp_path, write_input, counts):
-    path = write_input(counts)
+def test_two_writers_at_once_are_refused(holder, tmp_path, atlas_h5ad):
     with pytest.raises(StoreError) as caught:
-        prepare([path], tmp_path / "store", PrepareConfig("cell_type"))
+        prepare([atlas_h5ad], tmp_path / "store", PrepareConfig("cell_type"))
     assert f"process {holder.pid} on " in caught.value.detail
     assert f"is writing {tmp_path / 'store'}" in caught.value.detail
-    prepare([path], tmp_path / "other", PrepareConfig("cell_type"))
+    prepare([atlas_h5ad], tmp_path / "other", PrepareConfig("cell_type"))
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert (tmp_path / ".store.lock").exists()
-    prepare([path], tmp_path / "store", PrepareConfig("cell_type"))
+    prepare([atlas_h5ad], tmp_path / "store", PrepareConfig("cell_type"))
     assert not (tmp_path / ".store.lock").exists()
 
 
