@@ -128,7 +128,7 @@ def test_a_full_disk_is_an_error_that_names_the_place(make_store, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(error.value) == (
         f"{tmp_path}/full/dataset_0 cannot be written (File too large); "
-        "make room on that disk, or choose another --out"
+        "make room on that disk, or choose another `out`"
     )
 
 

@@ -24,12 +24,12 @@ CONFIG = PrepareConfig("cell_type", block_elements=20, partition_elements=60)
 KILLED = """
 import importlib, os, signal, sys
 from pathlib import Path
-from rayvaec.data import workspace
+from rayvaec.data.prepare import job
 from rayvaec.data.prepare.pipeline import PrepareConfig, prepare
 from rayvaec.data.prepare.append import append_config
 
 target, calls, out, append, *inputs = sys.argv[1:]
-workspace.NOTE_EVERY_S = 0
+job.NOTE_EVERY_S = 0
 module, _, name = target.partition(":")
 *path, last = name.split(".")
 owner = importlib.import_module(module)

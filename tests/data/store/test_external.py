@@ -438,7 +438,7 @@ def test_a_layer_of_a_foreign_store_is_read(tmp_path, version):
     assert [source["layer"] for source in store.manifest.sources] == ["raw"]
     for again in (
         pickle.loads(pickle.dumps(store)),
-        open_store(store.share(tmp_path)),
+        open_store(share(store, tmp_path)),
         open_store(f"{path}::raw", KEYS),
     ):
         assert again.hash == store.hash

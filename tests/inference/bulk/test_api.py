@@ -443,10 +443,10 @@ IS_KILLED = """
 import os, signal, sys
 import ray
 from rayvaec.cluster import require_token
-from rayvaec.inference import bulk, regions
+from rayvaec.inference.bulk import api, worker
 from rayvaec.inference.bulk.run_state import RunState
 
-regions.MAX_REGION = 256
+worker.MAX_REGION = 256
 finish = RunState.finish
 
 def die(self, stage, item, record):
@@ -457,7 +457,7 @@ def die(self, stage, item, record):
 RunState.finish = die
 require_token()
 ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-bulk.embed_store(*sys.argv[1:])
+api.embed_store(*sys.argv[1:])
 """
 
 
