@@ -26,14 +26,14 @@ def test_every_part_of_inference_is_found() -> None:
     names = {case.name.removeprefix("rayvaec.inference.") for case in CASES}
     assert {
         "posterior.draw",
-        "likelihood.marginal_ll",
-        "differential.Shares.of",
-        "quantities.Moments.values",
-        "reductions.VampPrior.part",
-        "check.measure.measure",
-        "trained.TrainedModel.sample",
-        "trained.TrainedModel.predict",
-        "trained.TrainedModel.get_feature_correlation_matrix",
+        "analyses.marginal_likelihood.marginal_ll",
+        "analyses.differential.Shares.of",
+        "bulk.per_cell.Moments.values",
+        "bulk.aggregates.VampPrior.part",
+        "ppc.measure.measure",
+        "trained_model.TrainedModel.sample",
+        "trained_model.TrainedModel.predict",
+        "trained_model.TrainedModel.get_feature_correlation_matrix",
     } <= names
 
 

@@ -89,7 +89,7 @@ def parse_thresholds(words: Iterable[str], known: Iterable[str]) -> dict[str, fl
         name, equals, text = word.partition("=")
         if name not in names:
             raise ConfigError(
-                f"--fail-under {word}: there is no figure {name!r}",
+                f"--fail-under={word!r}: there is no figure {name!r}",
                 f"choose from {suggest(name, names, len(names))}",
             )
         try:
@@ -97,10 +97,8 @@ def parse_thresholds(words: Iterable[str], known: Iterable[str]) -> dict[str, fl
         except ValueError:
             value = math.nan
         if not equals or not math.isfinite(value):
-            raise ConfigError(
-                f"--fail-under {word} has no number", f"write it as --fail-under {name}=0.9"
-            )
+            raise ConfigError(f"--fail-under={word!r} has no number", f"write it as {name}=0.9")
         if name in thresholds:
-            raise ConfigError(f"--fail-under {name} is given twice", "name it once")
+            raise ConfigError(f"--fail-under={name!r} is given twice", "name it once")
         thresholds[name] = value
     return thresholds
