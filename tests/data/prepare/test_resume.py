@@ -82,7 +82,7 @@ def inputs(write_input, counts):
 
 POINTS = [
     ("rayvaec.data.inputs.csc:_columns", 2, "0 cells are checked"),
-    ("rayvaec.data.prepare.validate:ValidationResultNotes.save", 5, "cells are checked"),
+    ("rayvaec.data.prepare.validate:ValidationState.save", 5, "cells are checked"),
     ("rayvaec.data.prepare.spill:_Block.write", 13, "0 of 5 partitions are written"),
     ("rayvaec.data.prepare.partition_tasks:write_partition", 3, "2 of 5 partitions are written"),
     ("rayvaec.data.prepare.pipeline:write_manifest", 1, "5 of 5 partitions are written"),

@@ -22,7 +22,7 @@ def test_only_ranks_uses_collectives() -> None:
         if isinstance(node, ast.Import | ast.ImportFrom | ast.Attribute)
         and "torch.distributed" in ast.unparse(node).replace(" import ", ".").replace("from ", "")
     }
-    assert users == {PACKAGE / "train" / "ranks.py"}
+    assert users == {PACKAGE / "training" / "distributed" / "process_group.py"}
 
 
 ON_DEVICE = {"on_device": True, "poisoned": {"1": 3}}
