@@ -43,7 +43,7 @@ class Acknowledger:
         self._taken, self._told = 0, 0
         self._body_ended = False
         self._next: asyncio.Task[Message] | None = None
-        self._due: asyncio.Event = asyncio.Event()
+        self._due: asyncio.Future[None] | None = None
 
     @staticmethod
     def announced(scope: Scope) -> Scope:
@@ -57,26 +57,28 @@ class Acknowledger:
             self._body_ended = not message.get("more_body", False)
             return message
         self._next = self._next or asyncio.ensure_future(_message(self._receive))
-        due = asyncio.ensure_future(self._due.wait())
-        try:
-            await asyncio.wait((self._next, due), return_when=asyncio.FIRST_COMPLETED)
-        except asyncio.CancelledError:
-            self._next.cancel()
-            raise
-        finally:
-            due.cancel()
+        if not self._is_due:
+            self._due = asyncio.get_running_loop().create_future()
+            try:
+                await asyncio.wait((self._next, self._due), return_when=asyncio.FIRST_COMPLETED)
+            except asyncio.CancelledError:
+                self._next.cancel()
+                raise
         if self._next.done():
             done, self._next = self._next, None
             return done.result()
-        self._due.clear()
         self._told = self._taken
         return {"type": _TAKEN, "bytes": self._taken}
+
+    @property
+    def _is_due(self) -> bool:
+        return self._taken - self._told >= ACKNOWLEDGED_BYTES
 
     def took(self, n_bytes: int) -> None:
         """Note that the client has taken some of the answer."""
         self._taken += n_bytes
-        if self._taken - self._told >= ACKNOWLEDGED_BYTES:
-            self._due.set()
+        if self._is_due and self._due is not None and not self._due.done():
+            self._due.set_result(None)
 
 
 class SendWindow:
@@ -91,7 +93,7 @@ class SendWindow:
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
         self._sent, self._taken = 0, 0
-        self._gone = False
+        self._body_ended = self._gone = False
         self._inbox: deque[Message] = deque()
         self._next: asyncio.Task[None] | None = None
 
@@ -102,6 +104,11 @@ class SendWindow:
 
     async def receive(self) -> Message:
         """Return the client's next message."""
+        if not self._body_ended and not self._sent:  # nobody else receives
+            message = await self._receive()
+            self._body_ended = not message.get("more_body", False)
+            self._gone = message["type"] == "http.disconnect"
+            return message
         while not self._inbox:
             await self._pull()
         return self._inbox.popleft()

@@ -7,7 +7,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Awaitable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -282,12 +282,19 @@ class _Answer:
 
     async def _send_part(self, message: Message) -> None:
         """Send a piece when the client has taken enough of those before."""
+        if self._window is None:
+            await self._in_time(self._send(message))
+            return
+        if self._window.is_full:
+            with self._limiter.waiting_for_client():
+                await self._in_time(self._window.wait())
+        await self._send(message)
+        self._window.sent(len(message.get("body", b"")))
+
+    async def _in_time(self, waits_for_client: Awaitable[None]) -> None:
         try:
             async with asyncio.timeout(self._timeout_s) as clock:
-                if self._window is not None and self._window.is_full:
-                    with self._limiter.waiting_for_client():
-                        await self._window.wait()
-                await self._send(message)
+                await waits_for_client
         except TimeoutError:
             if not clock.expired():
                 raise
@@ -295,8 +302,6 @@ class _Answer:
                 f"the client took too little of the answer in {self._timeout_s:g} s",
                 "read it faster, or ask for less a request",
             ) from None
-        if self._window is not None:
-            self._window.sent(len(message.get("body", b"")))
 
 
 def identify(scope: Scope) -> str:
