@@ -21,7 +21,7 @@ import pandas as pd
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent / "infer"))  # every_function
+sys.path.insert(0, str(Path(__file__).parent / "inference"))  # every_function
 
 from every_function import FORMS, Case, World, cases, outline
 
