@@ -121,12 +121,12 @@ def test_a_written_atlas_can_be_prepared(tmp_path, name):
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"n_cells": 0}, "--n-cells is 0; use 1 or more"),
-        ({"n_genes": -3}, "--n-genes is -3"),
-        ({"n_labels": 0}, "--n-labels is 0"),
-        ({"n_batches": 0}, "--n-batches is 0"),
-        ({"n_cells": 3, "n_labels": 4}, "--n-cells is 3 and --n-labels is 4"),
-        ({"seed": -1}, "--seed is -1"),
+        ({"n_cells": 0}, "`n_cells` is 0; use 1 or more"),
+        ({"n_genes": -3}, "`n_genes` is -3"),
+        ({"n_labels": 0}, "`n_labels` is 0"),
+        ({"n_batches": 0}, "`n_batches` is 0"),
+        ({"n_cells": 3, "n_labels": 4}, "`n_cells` is 3 and `n_labels` is 4"),
+        ({"seed": -1}, "`seed` is -1"),
         ({"mean_library": 0.0}, "the mean library is 0.0"),
     ],
 )
@@ -137,5 +137,5 @@ def test_numbers_that_cannot_be_used_are_refused(tmp_path, options, problem):
 
 
 def test_another_format_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"atlas.csv is no format to write; use a name in .h5ad"):
+    with pytest.raises(ConfigError, match=r"atlas.csv does not end in a format .*ends in .h5ad"):
         write_atlas(tmp_path / "atlas.csv")
