@@ -36,7 +36,7 @@ def replica_range(given: int | str) -> tuple[int, int]:
     fewest = int(ends[1])
     most = fewest if ends[2] is None else int(ends[2])
     if fewest < 1:
-        raise ConfigError(f"--num-replicas {given} serves nothing", "give 1 or more")
+        raise ConfigError(f"--num-replicas={given} is below 1", "give at least 1")
     if most < fewest:
         raise ConfigError(f"--num-replicas={given} ends before it begins", "give such as 1-4")
     return fewest, most

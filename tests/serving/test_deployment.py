@@ -124,7 +124,7 @@ def test_an_address_that_cannot_be_listened_on_is_refused(host, port, words):
         ({"host": "0.0.0.0"}, ConfigError, "no token is set"),
         ({"token_file": "nowhere"}, ConfigError, "cannot read the token file nowhere"),
         ({"port": 99999}, ConfigError, "not a port"),
-        ({"num_replicas": 0}, ConfigError, "serves nothing"),
+        ({"num_replicas": 0}, ConfigError, "is below 1; give at least 1"),
         ({"num_replicas": "1-10000"}, ConfigError, "`num_replicas=10000` needs as many CPUs"),
         ({"num_replicas": 10_000}, ConfigError, "`num_replicas=10000` needs as many CPUs"),
         ({"use_gpu": True, "num_replicas": 1}, ConfigError, "`use_gpu=True` .* needs as many GPUs"),

@@ -6,6 +6,7 @@ through `encode` to pieces of an Arrow stream, which can be sent before the next
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -106,11 +107,12 @@ class ResponsePlan(Protocol):
         ...
 
 
-class ArrowAnswer:
+class ArrowAnswer(ABC):
     """Schema of an Arrow answer, made once a request: it may name a million genes."""
 
+    @abstractmethod
     def _schema(self) -> pa.Schema:
-        raise NotImplementedError
+        """Return the schema of the Arrow answer."""
 
     @cached_property
     def schema(self) -> pa.Schema:
